@@ -1,0 +1,100 @@
+"""Token sequences and their packing into padded batches.
+
+B sequences, S positions of prompt plus response, T response positions.
+Sequences are padded on the right with id 0: under a causal mask no real token attends to a later
+pad, so a row's result equals the row alone, whatever its neighbours' length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequence:
+    """A prompt and its response.
+
+    ``ids`` is int32 (prompt tokens, then response tokens); ``response_start`` is the index of the
+    first response token. Example: ids [5, 6, 7, 2], response_start 2 is prompt [5, 6], response [7, 2].
+    """
+
+    ids: np.ndarray
+    response_start: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.response_start <= len(self.ids):
+            raise ValueError(f"response_start {self.response_start} is outside of a sequence of {len(self.ids)} tokens.")
+
+    @property
+    def response_length(self) -> int:
+        return len(self.ids) - self.response_start
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Right-padded sequences on one device."""
+
+    ids: torch.Tensor
+    """(B, S) int64; pads are 0."""
+    lengths: torch.Tensor
+    """(B,) int64, tokens in each row."""
+    response_starts: torch.Tensor
+    """(B,) int64, column of the first response token."""
+    num_response_columns: int
+    """T, the longest response."""
+
+    @property
+    def response_mask(self) -> torch.Tensor:
+        """(B, T) bool, True for response tokens, the stop token included."""
+        columns = torch.arange(self.num_response_columns, device=self.ids.device)
+        return columns < (self.lengths - self.response_starts)[:, None]
+
+    @property
+    def response_ids(self) -> torch.Tensor:
+        """(B, T) int64, 0 outside of the mask."""
+        if not self.num_response_columns:
+            return self.ids[:, :0]
+        return self.ids.gather(1, self.response_columns(offset=0)) * self.response_mask
+
+    def response_columns(self, *, offset: int) -> torch.Tensor:
+        """(B, T) int64: column of response token t plus ``offset``, kept inside of the row.
+
+        Offset -1 is the position whose logits predict token t and whose hidden state values it.
+        """
+        columns = torch.arange(self.num_response_columns, device=self.ids.device)
+        return (self.response_starts[:, None] + columns + offset).clamp(0, self.ids.shape[1] - 1)
+
+
+def pack(sequences: Sequence[TokenSequence], device: torch.device | str = "cpu") -> PackedBatch:
+    """Pad ``sequences`` on the right to the longest one. Raises ValueError for an empty list."""
+    if not sequences:
+        raise ValueError("cannot pack an empty list of sequences.")
+    ids = np.zeros((len(sequences), max(len(s.ids) for s in sequences)), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.ids)] = sequence.ids
+    return PackedBatch(
+        ids=torch.from_numpy(ids).to(device),
+        lengths=torch.tensor([len(s.ids) for s in sequences], device=device),
+        response_starts=torch.tensor([s.response_start for s in sequences], device=device),
+        num_response_columns=max(s.response_length for s in sequences),
+    )
+
+
+def micro_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[int]]:
+    """Split into groups of indices, similar lengths together, at most ``max_tokens`` padded tokens each.
+
+    A sequence longer than ``max_tokens`` gets a group of its own. The split depends on the lengths alone.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i].ids), i))
+    groups: list[list[int]] = []
+    for index in order:
+        width = len(sequences[index].ids)
+        if groups and (len(groups[-1]) + 1) * width <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
