@@ -1,0 +1,80 @@
+"""Channels as every bundled client opens them: balanced, health-checked, kept alive, with retries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import grpc
+
+from kleash.rpc.errors import Unavailable
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+RETRY_POLICY = {
+    # Waits of 0.2 + 0.4 + 0.8 + 1.6 s, each +-20 %: 3 s in all. A server's pushback replaces a wait.
+    "maxAttempts": 5,
+    "initialBackoff": "0.2s",
+    "maxBackoff": "5s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+}
+
+
+def connect(address: str, *, service: str, methods_to_retry: Sequence[str]) -> grpc.Channel:
+    """Open a channel to ``address`` ("host:port", or a gRPC target such as "dns:///reward:50051").
+
+    ``service`` is the full name whose health decides which servers get calls. ``methods_to_retry``
+    are its idempotent methods: only those are tried again, on UNAVAILABLE and RESOURCE_EXHAUSTED.
+    """
+    return grpc.insecure_channel(_target(address), options=channel_options(service, methods_to_retry))
+
+
+def wait_until_ready(channel: grpc.Channel, address: str, *, timeout_s: float) -> None:
+    """Block until a server behind ``channel`` is reachable and healthy.
+
+    Raises Unavailable after ``timeout_s``.
+    """
+    try:
+        grpc.channel_ready_future(channel).result(timeout=timeout_s)
+    except grpc.FutureTimeoutError:
+        raise Unavailable(
+            f"no healthy service at {address} after {timeout_s:g} s; "
+            "check the address and that the service is running and has loaded its model.",
+            reason="UNREACHABLE",
+        ) from None
+
+
+def channel_options(service: str, methods_to_retry: Sequence[str]) -> list[tuple[str, str | int]]:
+    """Channel arguments of ``connect``."""
+    config: dict[str, object] = {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": service},
+    }
+    if methods_to_retry:
+        names = [{"service": service, "method": method} for method in methods_to_retry]
+        config["methodConfig"] = [{"name": names, "retryPolicy": RETRY_POLICY}]
+        # Retries stop while fewer than half of the tokens are left: an outage is not multiplied,
+        # and a burst of refusals by a full queue still is retried.
+        config["retryThrottling"] = {"maxTokens": 500, "tokenRatio": 0.5}
+    return [
+        ("grpc.service_config", json.dumps(config)),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # A call that does not fit this buffer is sent once and never retried; the default is 256 KiB.
+        ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Channels of one process to one address would otherwise share connections, and a test's
+        # or a client's close would not be seen by the server.
+        ("grpc.use_local_subchannel_pool", 1),
+        # Reconnect soon after a restart; the default grows to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+    ]
+
+
+def _target(address: str) -> str:
+    return address if "://" in address or address.startswith("unix:") else f"dns:///{address}"

@@ -1,0 +1,82 @@
+"""The ``kleash`` command: finds the subcommand and turns errors into one sentence and an exit status.
+
+Exit status: 0 done, 1 failed, 2 the user's input cannot be used, 3 a service failed, 130 interrupted.
+Nothing heavy is imported before a subcommand needs it: ``kleash --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kleash.base.errors import RemoteError, UserError
+
+
+class Command(NamedTuple):
+    """A subcommand: the function that runs it, the extra that it needs, and a line of help."""
+
+    function: str
+    extra: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("kleash.cli.demo:run", "train", "all three stages on the built-in small world, from nothing, on the CPU"),
+    "sft": Command("kleash.cli.stages:run_sft", "train", "stage 1: supervised fine-tuning on demonstrations"),
+    "candidates": Command("kleash.cli.stages:run_candidates", "train", "several responses per prompt, to be compared"),
+    "reward-model": Command("kleash.cli.stages:run_reward_model", "train", "stage 2: a Bradley-Terry reward model from comparisons"),
+    "up": Command("kleash.cli.up:run", "train", "stage 3 on one machine: the three services and the PPO trainer, supervised"),
+    "ppo": Command("kleash.cli.stages:run_ppo", "train", "stage 3: the PPO trainer alone, against services that run elsewhere"),
+    "serve": Command("kleash.cli.serve:run", "serve", "one or more of policy, reward, reference as a gRPC server"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``kleash`` with ``arguments`` (default: the process's own) and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())  # noqa: T201
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        from kleash.base.version import software_version
+
+        print(f"kleash {software_version()}")  # noqa: T201
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"unknown command '{name}'; kleash --help lists the commands.", 2)
+    command = COMMANDS[name]
+    module, _, function = command.function.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(rest)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except RemoteError as error:
+        return _fail(str(error), 3)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "kleash":
+            raise
+        return _fail(f"kleash {name} needs the package '{error.name}'; pip install 'kleash[{command.extra}]'.", 2)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: kleash COMMAND [CONFIG.toml] [--key=value ...]\n\n"
+        "RLHF as services: SFT, a Bradley-Terry reward model, PPO under a KL leash.\n\n"
+        f"{rows}\n\nkleash COMMAND --help lists a command's configuration keys."
+    )
+
+
+def _fail(sentence: str, status: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
