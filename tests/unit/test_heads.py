@@ -36,7 +36,9 @@ PAD = 0
 
 @pytest.fixture(scope="module")
 def reward_models(tiny_folders: dict[Kind, Path]) -> dict[Kind, Any]:
-    models = {kind: reward_model_from_causal_lm(tiny_folders[kind], seed=3) for kind in KINDS}
+    models: dict[Kind, Any] = {
+        kind: reward_model_from_causal_lm(tiny_folders[kind], seed=3) for kind in KINDS
+    }
     for model in models.values():
         model.config.pad_token_id = PAD
     return models

@@ -134,6 +134,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
     ):
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
+    module: Any
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -89,11 +89,15 @@ def micro_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[l
 
     A sequence longer than ``max_tokens`` gets a group of its own. The split depends on the lengths alone.
     """
-    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i].ids), i))
+    return micro_batches_of_lengths([len(sequence.ids) for sequence in sequences], max_tokens)
+
+
+def micro_batches_of_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """``micro_batches`` for sequences of which only the lengths are known."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []
     for index in order:
-        width = len(sequences[index].ids)
-        if groups and (len(groups[-1]) + 1) * width <= max_tokens:
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= max_tokens:
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -1,0 +1,165 @@
+"""A frozen model as a scoring service holds it: where it runs, what identifies it, what it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import torch
+
+from kleash.base.config import Config
+from kleash.base.errors import ModelError
+from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
+from kleash.lm.load import Dtype, load_tokenizer, max_positions
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class FrozenModelConfig(Config):
+    """Which model a scoring service serves, and where it computes."""
+
+    model: Path
+    """Model folder in Hugging Face form, with safetensors weights."""
+    name: str = ""
+    """Name under which the model is served; empty means the folder's name."""
+    dtype: Dtype = "float32"
+    """Data type of the weights."""
+    device: str = "auto"
+    """Torch device ("cpu", "cuda", "cuda:1"); auto means cuda when there is one, else cpu."""
+    pad_token: str | None = None
+    """Pad token for a tokenizer without one; inputs are never padded with it, digests include it."""
+    chat_template: Path | None = None
+    """File with a Jinja chat template to use in place of the tokenizer's."""
+    num_threads: int = pydantic.Field(0, ge=0)
+    """CPU threads of torch in this process; 0 keeps torch's own choice."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenModel:
+    """A loaded model, its tokenizer and the facts that GetModel tells."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    name: str
+    revision: str
+    """Digest of the weights."""
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    """Empty without a chat template."""
+    dtype: Dtype
+    vocab_size: int
+    """Number of token ids that have an embedding."""
+    max_item_tokens: int
+    """Longest input that is accepted, in tokens."""
+
+
+def load_frozen(
+    config: FrozenModelConfig,
+    load: Callable[..., Any],
+    *,
+    max_item_tokens: int,
+    max_queued_tokens: int,
+) -> FrozenModel:
+    """Load the model with ``load`` (a function of kleash.lm.load) and identify it.
+
+    Args:
+        max_item_tokens: longest input to accept; 0 means as many as model and queue take.
+        max_queued_tokens: an input longer than the queue could never be served.
+
+    Raises ModelError with the place and the remedy.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model, pad_token=config.pad_token)
+    # Saved settings of a training run would cut or pad inputs silently.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    if config.chat_template is not None:
+        try:
+            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ModelError(
+                f"cannot read the chat template {config.chat_template}: {error.strerror}."
+            ) from None
+    try:
+        model = load(config.model, dtype=config.dtype, device=str(device))
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"the model in {config.model} does not fit into the memory of {device}; "
+            "use --dtype=bfloat16 or a larger device."
+        ) from None
+    model.requires_grad_(False)
+    most = max_positions(model)
+    if max_item_tokens > most:
+        raise ModelError(
+            f"max_item_tokens is {max_item_tokens} and the model in {config.model} accepts {most}; "
+            "lower it, or leave it at 0."
+        )
+    return FrozenModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        name=config.name or config.model.resolve().name,
+        revision=model_digest(model),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        chat_template_sha256=chat_template_sha256(tokenizer),
+        dtype=config.dtype,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_item_tokens=min(max_item_tokens or most, max_queued_tokens),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device called ``name``; "auto" is cuda when there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device '{name}' is not known to torch; use cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device '{name}' is not here: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device=cpu or --device=auto."
+        )
+    return device
+
+
+def warm_up_lengths(device: torch.device, max_item_tokens: int, max_batch_tokens: int) -> list[int]:
+    """Lengths of the rows of a first forward pass.
+
+    On a GPU it is as large as a batch may be, so that a batch which does not fit fails the start
+    and not a caller; on a CPU a small one, which would otherwise take minutes.
+    """
+    if device.type == "cpu":
+        return [min(16, max_item_tokens)] * 2
+    length = min(max_item_tokens, max_batch_tokens)
+    return [length] * max(max_batch_tokens // length, 1)
+
+
+def compute_in_halves(
+    compute: Callable[[list[T]], list[R]], rows: list[T], give_up: Callable[[T], R]
+) -> list[R]:
+    """``compute(rows)``, in halves when the device runs out of memory.
+
+    ``give_up`` answers for a row that does not fit alone.
+    """
+    try:
+        return compute(rows)
+    except torch.OutOfMemoryError:
+        pass  # the traceback holds the tensors of the failed pass: leave this block before going on
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(rows) == 1:
+        return [give_up(rows[0])]
+    middle = len(rows) // 2
+    return [
+        *compute_in_halves(compute, rows[:middle], give_up),
+        *compute_in_halves(compute, rows[middle:], give_up),
+    ]
