@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from kleash.ppo.loss import (
     gae,
     kl_k3_per_token,

@@ -11,9 +11,11 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+
 from kleash.ppo.kl_controller import AdaptiveKL
 from kleash.ppo.loss import (
     apply_missing_eos,
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.unit
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "ppo_losses.json"
 ONE = torch.ones(1, 1, dtype=torch.bool)
+Mode = Literal["replace", "subtract", "off"]
 
 
 def test_kl_reward_is_minus_beta_k1_plus_score_at_last_token() -> None:
@@ -98,7 +101,7 @@ def test_only_k1_in_the_reward_gives_the_gradient_of_the_kl() -> None:
 @pytest.mark.parametrize(
     ("mode", "expected"), [("replace", [2.0, -1.0]), ("subtract", [2.0, 4.0]), ("off", [2.0, 5.0])]
 )
-def test_missing_eos(mode, expected) -> None:
+def test_missing_eos(mode: Mode, expected: list[float]) -> None:
     """P4: a response without stop token scores -penalty, or loses the penalty."""
     scores = apply_missing_eos(
         torch.tensor([2.0, 5.0]), torch.tensor([True, False]), mode=mode, penalty=1.0
@@ -138,7 +141,9 @@ def test_whitening_uses_the_biased_variance() -> None:
         (1.1, 1.0, -1.1, -1.1, 0.0),
     ],
 )
-def test_clipped_policy_loss(ratio, advantage, loss, gradient, clip_fraction) -> None:
+def test_clipped_policy_loss(
+    ratio: float, advantage: float, loss: float, gradient: float, clip_fraction: float
+) -> None:
     """2.5: max(-A rho, -A clip(rho, .8, 1.2)); bug 23 (min) would swap the rows."""
     log_probs = torch.full((1, 1), math.log(ratio), requires_grad=True)
     result = policy_loss(
@@ -168,7 +173,14 @@ def test_clipped_policy_loss(ratio, advantage, loss, gradient, clip_fraction) ->
         (-0.5, 0.0, -1.0, 0.32, 0.0, 1.0),
     ],
 )
-def test_clipped_value_loss(value, old_value, target, loss, gradient, clip_fraction) -> None:
+def test_clipped_value_loss(
+    value: float,
+    old_value: float,
+    target: float,
+    loss: float,
+    gradient: float,
+    clip_fraction: float,
+) -> None:
     """2.5: max((V - R)^2, (V_old + clip(V - V_old, +-.2) - R)^2) / 2."""
     values = torch.full((1, 1), value, requires_grad=True)
     result = value_loss(
@@ -198,7 +210,7 @@ def test_losses_are_token_means_of_the_whole_minibatch() -> None:
 @pytest.mark.parametrize(
     ("kl", "coefficient"), [(12.0, 0.151536), (3.0, 0.148464), (6.0, 0.15), (6.6, 0.150768)]
 )
-def test_adaptive_kl_controller(kl, coefficient) -> None:
+def test_adaptive_kl_controller(kl: float, coefficient: float) -> None:
     """2.6: beta .15, target 6, 512 episodes, horizon 10 000."""
     controller = AdaptiveKL(0.15, target=6, horizon=10_000)
     controller.update(kl, num_episodes=512)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from kleash.ppo.kl_controller import AdaptiveKL
 from kleash.ppo.loss import (
     PolicyLoss,
@@ -372,10 +373,12 @@ def test_importance_weights_are_truncated_and_neutral_on_policy(batch: Rollout, 
 def test_adaptive_kl_moves_against_the_error_and_stays_positive(
     kl: float, target: float, coefficient: float, num_episodes: int
 ) -> None:
-    controller = AdaptiveKL(coefficient, target, horizon=2000)
+    """Also where one batch is larger than the horizon, which the bare formula makes negative."""
+    controller = AdaptiveKL(coefficient, target, horizon=200)
     controller.update(kl, num_episodes)
     if kl > 1.001 * target:
         assert controller.coefficient > coefficient
     if kl < 0.999 * target:
         assert controller.coefficient < coefficient
-    assert abs(controller.coefficient / coefficient - 1) <= 0.2 * num_episodes / 2000 + 1e-9
+    largest = 0.2 * min(num_episodes / 200, 1)
+    assert abs(controller.coefficient / coefficient - 1) <= largest + 1e-9

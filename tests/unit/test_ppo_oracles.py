@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from kleash.ppo import loss as ours
 from polgrad.advantages import GAEConfig
 from polgrad.advantages import gae as polgrad_gae
 from polgrad.advantages import whiten as polgrad_whiten
@@ -31,6 +30,8 @@ from polgrad.losses import (
 )
 from polgrad.losses import policy_loss as polgrad_policy_loss
 from polgrad.losses import value_loss as polgrad_value_loss
+
+from kleash.ppo import loss as ours
 
 pytestmark = pytest.mark.unit
 

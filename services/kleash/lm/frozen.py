@@ -1,11 +1,11 @@
-"""A frozen model as a scoring service holds it: where it runs, what identifies it, what it accepts."""
+"""A frozen model as a scoring service holds it: where it runs, what identifies and bounds it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pydantic
 import torch
@@ -14,9 +14,6 @@ from kleash.base.config import Config
 from kleash.base.errors import ModelError
 from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
 from kleash.lm.load import Dtype, load_tokenizer, max_positions
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class FrozenModelConfig(Config):
@@ -31,10 +28,10 @@ class FrozenModelConfig(Config):
     device: str = "auto"
     """Torch device ("cpu", "cuda", "cuda:1"); auto means cuda when there is one, else cpu."""
     pad_token: str | None = None
-    """Pad token for a tokenizer without one; inputs are never padded with it, digests include it."""
+    """Pad token for a tokenizer without one; its id is part of the tokenizer's digest."""
     chat_template: Path | None = None
     """File with a Jinja chat template to use in place of the tokenizer's."""
-    num_threads: int = pydantic.Field(0, ge=0)
+    num_threads: int = pydantic.Field(default=0, ge=0)
     """CPU threads of torch in this process; 0 keeps torch's own choice."""
 
 
@@ -63,13 +60,13 @@ def load_frozen(
     load: Callable[..., Any],
     *,
     max_item_tokens: int,
-    max_queued_tokens: int,
+    max_batch_tokens: int,
 ) -> FrozenModel:
     """Load the model with ``load`` (a function of kleash.lm.load) and identify it.
 
     Args:
-        max_item_tokens: longest input to accept; 0 means as many as model and queue take.
-        max_queued_tokens: an input longer than the queue could never be served.
+        max_item_tokens: longest input to accept; 0 means as many as the model and a batch take.
+        max_batch_tokens: tokens in one forward pass.
 
     Raises ModelError with the place and the remedy.
     """
@@ -95,11 +92,12 @@ def load_frozen(
             "use --dtype=bfloat16 or a larger device."
         ) from None
     model.requires_grad_(False)
-    most = max_positions(model)
+    most = min(max_positions(model), max_batch_tokens)
     if max_item_tokens > most:
         raise ModelError(
-            f"max_item_tokens is {max_item_tokens} and the model in {config.model} accepts {most}; "
-            "lower it, or leave it at 0."
+            f"limits.max_item_tokens is {max_item_tokens} and can be at most {most}: the model in "
+            f"{config.model} accepts {max_positions(model)} and limits.max_batch_tokens is "
+            f"{max_batch_tokens}; lower it, or leave it at 0."
         )
     return FrozenModel(
         model=model,
@@ -111,7 +109,7 @@ def load_frozen(
         chat_template_sha256=chat_template_sha256(tokenizer),
         dtype=config.dtype,
         vocab_size=model.get_input_embeddings().num_embeddings,
-        max_item_tokens=min(max_item_tokens or most, max_queued_tokens),
+        max_item_tokens=max_item_tokens or most,
     )
 
 
@@ -122,7 +120,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"device '{name}' is not known to torch; use cpu, cuda or cuda:N.") from None
+        raise ModelError(
+            f"device '{name}' is not known to torch; use cpu, cuda or cuda:N."
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"device '{name}' is not here: torch sees {torch.cuda.device_count()} CUDA devices; "
@@ -141,25 +141,3 @@ def warm_up_lengths(device: torch.device, max_item_tokens: int, max_batch_tokens
         return [min(16, max_item_tokens)] * 2
     length = min(max_item_tokens, max_batch_tokens)
     return [length] * max(max_batch_tokens // length, 1)
-
-
-def compute_in_halves(
-    compute: Callable[[list[T]], list[R]], rows: list[T], give_up: Callable[[T], R]
-) -> list[R]:
-    """``compute(rows)``, in halves when the device runs out of memory.
-
-    ``give_up`` answers for a row that does not fit alone.
-    """
-    try:
-        return compute(rows)
-    except torch.OutOfMemoryError:
-        pass  # the traceback holds the tensors of the failed pass: leave this block before going on
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(rows) == 1:
-        return [give_up(rows[0])]
-    middle = len(rows) // 2
-    return [
-        *compute_in_halves(compute, rows[:middle], give_up),
-        *compute_in_halves(compute, rows[middle:], give_up),
-    ]

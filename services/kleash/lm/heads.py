@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from kleash.base.errors import ModelError
 from kleash.lm.load import Dtype, load_causal_lm, load_sequence_classifier
 from kleash.lm.sequences import PackedBatch
@@ -143,4 +144,6 @@ class ValueModel(torch.nn.Module):
 
 def _project(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     bias = head.bias.float() if head.bias is not None else None
-    return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+    # Autocast would take the float32 operands back to bfloat16.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from kleash.lm.sequences import PackedBatch
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pydantic
-
 from kleash.lm.frozen import FrozenModelConfig
 from kleash.rpc.requests import Limits
 
@@ -11,5 +9,5 @@ from kleash.rpc.requests import Limits
 class RewardConfig(FrozenModelConfig):
     """The reward model and what a request may ask of it."""
 
-    limits: Limits = pydantic.Field(default_factory=Limits)
+    limits: Limits = Limits()
     """Limits on requests, batches and the queue."""

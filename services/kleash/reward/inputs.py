@@ -40,9 +40,7 @@ class InputEncoder:
         """
         rows = self._encode(texts)
         bos = self._added_bos
-        return [
-            _int32(ids if bos is None or ids[:1] == [bos] else [bos, *ids]) for ids in rows
-        ]
+        return [_int32(ids if bos is None or ids[:1] == [bos] else [bos, *ids]) for ids in rows]
 
     def encode_conversation(self, messages: Messages) -> np.ndarray:
         """Ids of a conversation under the chat template, int32. Raises InputError."""
@@ -56,6 +54,11 @@ class InputEncoder:
             raise InputError(
                 "the chat template writes the prompt differently when an answer follows it; "
                 "send token ids instead."
+            )
+        if self._tokenizer.eos_token in messages[-1]["content"]:
+            raise InputError(
+                f"the answer holds the end-of-sequence token {self._tokenizer.eos_token!r}; "
+                "it is added where the answer ends."
             )
         eos = self._tokenizer.eos_token_id
         prompt, ids, ending = self._encode([head, whole, whole[len(head) :]])

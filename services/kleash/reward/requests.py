@@ -1,183 +1,165 @@
-"""Requests of the reward service to rows for the model, and the model's answers to results."""
+"""The calls of the reward service without gRPC: a request in, a response out.
+
+Score, Compare and the items of a stream go through the model between begin and finish, see
+kleash.rpc.work.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-import numpy as np
-
+from kleash.base.version import software_version
 from kleash.common.v1 import common_pb2
-from kleash.lm.heads import Normalization
-from kleash.reward.inputs import InputError, Messages
+from kleash.reward.items import ITEM_PLACE, complete, encode_items, prepare
 from kleash.reward.scorer import RawScore, RewardScorer, ScoreJob
 from kleash.reward.v1 import reward_pb2
-from kleash.rpc.codec import encode_floats
 from kleash.rpc.errors import InvalidRequest
-from kleash.rpc.requests import decode_sequence, too_long, unknown_id
+from kleash.rpc.requests import Limits, check_model, check_size
+from kleash.rpc.work import Work
 
-Fault = tuple[common_pb2.ItemStatusCode, str]
+A = TypeVar("A")
 
-TOO_LONG = common_pb2.ITEM_STATUS_CODE_INPUT_TOO_LONG
-INVALID = common_pb2.ITEM_STATUS_CODE_INVALID_INPUT
-
-
-@dataclass
-class PreparedItems:
-    """Items of one request after tokenization: rows for the model, and faults of the others."""
-
-    options: reward_pb2.ScoreOptions
-    results: list[reward_pb2.ScoreResult]
-    """One per item, in order; those without a row hold their fault already."""
-    jobs: list[ScoreJob] = field(default_factory=list)
-    job_items: list[int] = field(default_factory=list)
-    """Index of the item of each job."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each job."""
-        return [len(job.ids) for job in self.jobs]
+Results = list[reward_pb2.ScoreResult]
 
 
-def check_options(options: reward_pb2.ScoreOptions) -> None:
-    """Raise InvalidRequest for a truncation that this version does not know."""
-    if options.truncation not in reward_pb2.Truncation.values():
-        raise InvalidRequest(
-            f"options.truncation is {options.truncation}, which this server does not know.",
-            field="options.truncation",
+class RewardRequests:
+    """Checks requests, makes rows of them, and makes responses of the scores. Thread-safe."""
+
+    def __init__(self, scorer: RewardScorer, limits: Limits) -> None:
+        self._scorer = scorer
+        self._limits = limits
+        self.served = common_pb2.ServedModel(
+            name=scorer.frozen.name, revision=scorer.frozen.revision
         )
 
+    def score(
+        self, request: reward_pb2.ScoreRequest
+    ) -> Work[ScoreJob, RawScore, reward_pb2.ScoreResponse]:
+        """Begin a Score."""
+        check_model(request.model, request.revision, served=self.served)
+        check_size(request, len(request.items), self._limits, field="items")
 
-def encode_items(
-    scorer: RewardScorer, items: Sequence[reward_pb2.ScoreItem], *, field: str = "items"
-) -> list[np.ndarray | Fault]:
-    """Token ids of each item before truncation, or why there are none.
+        def respond(
+            results: Results, _: Mapping[int, RawScore], usage: common_pb2.Usage
+        ) -> reward_pb2.ScoreResponse:
+            return reward_pb2.ScoreResponse(results=results, model=self.served, usage=usage)
 
-    Raises InvalidRequest or PreconditionFailed for an item that is malformed as a message.
-    """
-    inputs: list[np.ndarray | Fault] = [(INVALID, "the input has no tokens.")] * len(items)
-    texts: dict[int, str] = {}
-    for index, item in enumerate(items):
-        place = f"{field}[{index}]"
-        kind = item.WhichOneof("input")
-        if kind == "text":
-            texts[index] = item.text
-        elif kind == "conversation":
-            inputs[index] = _encode_conversation(scorer, item.conversation)
-        elif kind == "tokens":
-            inputs[index], _ = decode_sequence(
-                item.tokens,
-                tokenizer_sha256=scorer.frozen.tokenizer_sha256,
-                field=f"{place}.tokens",
-            )
-        else:
+        return self._begin(request.items, request.options, respond)
+
+    def stream_item(
+        self, item: reward_pb2.ScoreItem, options: reward_pb2.ScoreOptions
+    ) -> Work[ScoreJob, RawScore, reward_pb2.ScoreStreamResponse]:
+        """Begin one item of a ScoreStream."""
+
+        def respond(
+            results: Results, _: Mapping[int, RawScore], __: common_pb2.Usage
+        ) -> reward_pb2.ScoreStreamResponse:
+            return reward_pb2.ScoreStreamResponse(result=results[0], model=self.served)
+
+        return self._begin([item], options, respond, place="item")
+
+    def compare(
+        self, request: reward_pb2.CompareRequest
+    ) -> Work[ScoreJob, RawScore, reward_pb2.CompareResponse]:
+        """Begin a Compare."""
+        check_model(request.model, "", served=self.served)
+        check_size(request, len(request.responses), self._limits, field="responses")
+        if len(request.responses) < 2:
             raise InvalidRequest(
-                f"{place} has no input; set conversation, text or tokens.", field=f"{place}.input"
+                f"responses has {len(request.responses)} entries; a comparison needs at least two.",
+                field="responses",
             )
-    encoded = scorer.encoder.encode_texts(list(texts.values()))
-    for index, ids in zip(texts, encoded, strict=True):
-        inputs[index] = ids
-    return [_checked(ids, scorer.frozen.vocab_size) for ids in inputs]
+        if not request.prompt.messages:
+            raise InvalidRequest("prompt has no messages.", field="prompt.messages")
+
+        def respond(
+            results: Results, raw_scores: Mapping[int, RawScore], _: common_pb2.Usage
+        ) -> reward_pb2.CompareResponse:
+            ranking, preference = rank(results, raw_scores)
+            return reward_pb2.CompareResponse(
+                results=results,
+                ranking=ranking,
+                preference=preference,
+                served_model=self.served,
+            )
+
+        return self._begin(_candidates(request), request.options, respond, place="responses[{}]")
+
+    def count_tokens(
+        self, request: reward_pb2.CountTokensRequest
+    ) -> reward_pb2.CountTokensResponse:
+        """Token count of each item, before truncation.
+
+        Raises InvalidRequest for an item that has no tokens: a count has no status of its own.
+        """
+        check_size(request, len(request.items), self._limits, field="items")
+        counts = []
+        for index, ids in enumerate(encode_items(self._scorer, request.items)):
+            if isinstance(ids, tuple):
+                place = ITEM_PLACE.format(index)
+                raise InvalidRequest(f"{place}: {ids[1]}", field=place)
+            counts.append(len(ids))
+        return reward_pb2.CountTokensResponse(token_counts=counts)
+
+    def get_model(self) -> reward_pb2.GetModelResponse:
+        """Describe the model."""
+        frozen, normalization = self._scorer.frozen, self._scorer.normalization
+        return reward_pb2.GetModelResponse(
+            model=self.served,
+            tokenizer_sha256=frozen.tokenizer_sha256,
+            chat_template_sha256=frozen.chat_template_sha256,
+            dtype=frozen.dtype,
+            normalization_mean=normalization.mean,
+            normalization_std=normalization.std,
+            supports_token_scores=True,
+            limits=self._limits.to_message(frozen.max_item_tokens),
+            server_version=software_version(),
+        )
+
+    def _begin(
+        self,
+        items: Sequence[reward_pb2.ScoreItem],
+        options: reward_pb2.ScoreOptions,
+        respond: Callable[[Results, Mapping[int, RawScore], common_pb2.Usage], A],
+        *,
+        place: str = ITEM_PLACE,
+    ) -> Work[ScoreJob, RawScore, A]:
+        prepared = prepare(self._scorer, items, options, place)
+        lengths = [len(job.ids) for job in prepared.jobs]
+
+        def finish(raw_scores: list[RawScore], usage: common_pb2.Usage) -> A:
+            results = complete(prepared, raw_scores, self._scorer.normalization)
+            return respond(results, dict(zip(prepared.job_items, raw_scores, strict=True)), usage)
+
+        return Work(prepared.jobs, lengths, options.isolate, finish)
 
 
-def prepare(
-    scorer: RewardScorer,
-    items: Sequence[reward_pb2.ScoreItem],
-    options: reward_pb2.ScoreOptions,
-    *,
-    field: str = "items",
-) -> PreparedItems:
-    """Tokenize, check and truncate. Slow for text: call it off the event loop."""
-    check_options(options)
-    prepared = PreparedItems(options, [reward_pb2.ScoreResult(item_id=i.item_id) for i in items])
-    limit = scorer.frozen.max_item_tokens
-    for index, ids in enumerate(encode_items(scorer, items, field=field)):
-        result = prepared.results[index]
-        if isinstance(ids, tuple):
-            result.code, result.error_message = ids
-            continue
-        if fault := too_long(len(ids), limit):
-            if options.truncation == reward_pb2.TRUNCATION_LEFT:
-                ids = ids[-limit:]
-            elif options.truncation == reward_pb2.TRUNCATION_RIGHT:
-                ids = ids[:limit]
-            else:
-                result.code, result.error_message = TOO_LONG, fault
-                continue
-            result.truncated = True
-        prepared.jobs.append(ScoreJob(ids, options.return_token_scores))
-        prepared.job_items.append(index)
-    return prepared
-
-
-def complete(
-    prepared: PreparedItems, raw_scores: Sequence[RawScore], normalization: Normalization
-) -> list[reward_pb2.ScoreResult]:
-    """Fill in the model's answers. A score that is not finite becomes a status and never leaves."""
-    scale = normalization if prepared.options.normalize else Normalization()
-    for index, job, raw in zip(prepared.job_items, prepared.jobs, raw_scores, strict=True):
-        result = prepared.results[index]
-        if raw.fault:
-            result.code, result.error_message = TOO_LONG, raw.fault
-            continue
-        score = np.float32((raw.score - scale.mean) / scale.std)
-        values = score[None] if raw.token_scores is None else _scaled(raw.token_scores, scale)
-        if not (np.isfinite(score) and np.isfinite(values).all()):
-            result.code = common_pb2.ITEM_STATUS_CODE_NON_FINITE
-            result.error_message = "the model's score is NaN or infinite."
-            continue
-        result.code = common_pb2.ITEM_STATUS_CODE_OK
-        result.score = float(score)
-        result.token_count = len(job.ids)
-        if raw.token_scores is not None:
-            result.token_scores.CopyFrom(encode_floats(values))
-    return prepared.results
-
-
-def rank(
-    results: Sequence[reward_pb2.ScoreResult], raw_scores: Sequence[float | None]
-) -> tuple[list[int], list[float]]:
+def rank(results: Results, raw_scores: Mapping[int, RawScore]) -> tuple[list[int], list[float]]:
     """Ranking of candidates, best first, and the probability that the best beats each.
 
-    The Bradley-Terry probability is sigmoid(best - each) of raw scores: the model is trained on
-    those, and dividing by a normalization would change the odds. A candidate without a score is
-    not ranked; its probability is 0.
+    The Bradley-Terry probability is sigmoid(best - each) of raw scores: the model was trained on
+    their differences, and a normalization would change the odds. A candidate without a score is
+    not ranked, and its probability is 0.
     """
     scored = {
-        index: raw
-        for index, (result, raw) in enumerate(zip(results, raw_scores, strict=True))
-        if result.code == common_pb2.ITEM_STATUS_CODE_OK and raw is not None
+        index: raw_scores[index].score
+        for index, result in enumerate(results)
+        if result.code == common_pb2.ITEM_STATUS_CODE_OK
     }
     ranking = sorted(scored, key=lambda index: (-scored[index], index))
     preference = [0.0] * len(results)
     for index, score in scored.items():
-        preference[index] = 1 / (1 + math.exp(-(scored[ranking[0]] - score)))
+        preference[index] = 1 / (1 + math.exp(score - scored[ranking[0]]))
     return ranking, preference
 
 
-def messages_of(conversation: common_pb2.Conversation) -> Messages:
-    """Turns as chat templates take them."""
-    return [{"role": turn.role, "content": turn.content} for turn in conversation.messages]
-
-
-def _encode_conversation(
-    scorer: RewardScorer, conversation: common_pb2.Conversation
-) -> np.ndarray | Fault:
-    try:
-        return scorer.encoder.encode_conversation(messages_of(conversation))
-    except InputError as error:
-        return INVALID, str(error)
-
-
-def _checked(ids: np.ndarray | Fault, vocab_size: int) -> np.ndarray | Fault:
-    if isinstance(ids, tuple):
-        return ids
-    if not len(ids):
-        return INVALID, "the input has no tokens."
-    fault = unknown_id(ids, vocab_size)
-    return (INVALID, fault) if fault else ids
-
-
-def _scaled(token_scores: np.ndarray, scale: Normalization) -> np.ndarray:
-    return ((token_scores.astype(np.float64) - scale.mean) / scale.std).astype(np.float32)
+def _candidates(request: reward_pb2.CompareRequest) -> list[reward_pb2.ScoreItem]:
+    """The prompt continued by each response."""
+    items = []
+    for response in request.responses:
+        answer = common_pb2.Message(role="assistant", content=response)
+        conversation = common_pb2.Conversation(messages=[*request.prompt.messages, answer])
+        items.append(reward_pb2.ScoreItem(conversation=conversation))
+    return items

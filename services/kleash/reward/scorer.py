@@ -5,20 +5,13 @@ B rows, S positions.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kleash.base.errors import ModelError
-from kleash.lm.frozen import (
-    FrozenModel,
-    FrozenModelConfig,
-    compute_in_halves,
-    load_frozen,
-    warm_up_lengths,
-)
+from kleash.lm.frozen import FrozenModel, FrozenModelConfig, load_frozen, warm_up_lengths
 from kleash.lm.heads import Normalization, check_scalar_head, position_scores
 from kleash.lm.load import load_sequence_classifier, read_lineage
 from kleash.lm.sequences import TokenSequence, pack
@@ -39,12 +32,10 @@ class ScoreJob:
 class RawScore:
     """What the model answered for one row, before normalization."""
 
-    score: float = math.nan
+    score: float
     """Output at the last token; may be NaN, which the caller must not pass on."""
     token_scores: np.ndarray | None = None
     """float32, one per token, when asked for."""
-    fault: str = ""
-    """Why there is no score; empty when there is one."""
 
 
 class RewardScorer:
@@ -62,7 +53,7 @@ class RewardScorer:
             config,
             load_sequence_classifier,
             max_item_tokens=limits.max_item_tokens,
-            max_queued_tokens=limits.max_queued_tokens,
+            max_batch_tokens=limits.max_batch_tokens,
         )
         check_scalar_head(frozen.model, config.model)
         scorer = RewardScorer(frozen, is_trained_here=bool(read_lineage(config.model)))
@@ -70,12 +61,9 @@ class RewardScorer:
         scorer._warm_up(limits.max_batch_tokens)
         return scorer
 
-    def compute(self, jobs: list[ScoreJob]) -> list[RawScore]:
-        """Score one batch, in smaller ones if the device runs out of memory."""
-        return compute_in_halves(self._forward, jobs, _does_not_fit)
-
     @torch.inference_mode()
-    def _forward(self, jobs: list[ScoreJob]) -> list[RawScore]:
+    def compute(self, jobs: list[ScoreJob]) -> list[RawScore]:
+        """Score one batch."""
         batch = pack([TokenSequence(job.ids, len(job.ids)) for job in jobs], self.frozen.device)
         positions_BS = position_scores(self.frozen.model, batch.ids).cpu().numpy()
         results = []
@@ -101,14 +89,10 @@ class RewardScorer:
         lengths = warm_up_lengths(self.frozen.device, self.frozen.max_item_tokens, max_batch_tokens)
         jobs = [ScoreJob(np.zeros(length, dtype=np.int32)) for length in lengths]
         try:
-            self._forward(jobs)
+            self.compute(jobs)
         except torch.OutOfMemoryError:
             raise ModelError(
                 f"a batch of {sum(lengths)} tokens does not fit into the memory of "
                 f"{self.frozen.device} beside the model; lower limits.max_batch_tokens or "
                 "limits.max_item_tokens."
             ) from None
-
-
-def _does_not_fit(job: ScoreJob) -> RawScore:
-    return RawScore(fault=f"an input of {len(job.ids)} tokens does not fit into the device's memory.")

@@ -1,12 +1,10 @@
 """What every scoring service checks of a request: limits, model name, tokenizer digest, token ids.
 
-A fault of the request raises a ServiceError with the field's path. A fault of one item is a sentence
-that becomes that item's status, so that it never sinks the items beside it.
+A fault of the request raises a ServiceError with the field's path. A fault of one item is a
+sentence that becomes that item's status, so that it never sinks the items beside it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import pydantic
@@ -17,23 +15,35 @@ from kleash.common.v1 import common_pb2
 from kleash.rpc.codec import decode_ids
 from kleash.rpc.errors import InvalidRequest, NotFound, PreconditionFailed
 
+TOO_LARGE = "TOO_LARGE"
+TOKENIZER_MISMATCH = "TOKENIZER_MISMATCH"
+
 
 class Limits(Config):
-    """Limits that a scoring service enforces and advertises in GetModel; bundled clients split on them."""
+    """Limits that a scoring service enforces and advertises; bundled clients split work to them."""
 
-    max_items: int = pydantic.Field(1024, ge=1, lt=2**32)
+    max_items: int = pydantic.Field(default=1024, ge=1, lt=2**32)
     """Items in one request."""
-    max_item_tokens: int = pydantic.Field(0, ge=0, lt=2**32)
-    """Tokens in one item; 0 means as many as the model accepts and the queue holds."""
-    max_message_bytes: int = pydantic.Field(64 * 1024 * 1024, ge=1024)
+    max_item_tokens: int = pydantic.Field(default=0, ge=0, lt=2**32)
+    """Tokens in one item; 0 means as many as the model accepts and one batch takes."""
+    max_message_bytes: int = pydantic.Field(default=64 * 1024 * 1024, ge=1024)
     """Bytes in one request; the server's own max_message_bytes must not be smaller."""
-    max_queued_tokens: int = pydantic.Field(1_048_576, ge=1)
-    """Tokens that may wait for the model; past it a call is refused at once, with a time to retry."""
-    max_batch_tokens: int = pydantic.Field(32_768, ge=1, lt=2**32)
-    """Padded tokens in one forward pass; a longer item gets a pass of its own."""
+    max_queued_tokens: int = pydantic.Field(default=1_048_576, ge=1)
+    """Tokens that may wait for the model; past it a call is refused with a time to retry."""
+    max_batch_tokens: int = pydantic.Field(default=32_768, ge=1, lt=2**32)
+    """Padded tokens in one forward pass."""
+
+    @pydantic.model_validator(mode="after")
+    def _queue_holds_a_batch(self) -> Limits:
+        if self.max_queued_tokens < self.max_batch_tokens:
+            raise ValueError(
+                f"max_queued_tokens is {self.max_queued_tokens}, less than max_batch_tokens "
+                f"({self.max_batch_tokens}): a full batch could never wait; raise it"
+            )
+        return self
 
     def to_message(self, max_item_tokens: int) -> common_pb2.Limits:
-        """As GetModel advertises them; ``max_item_tokens`` is what is in force for the loaded model."""
+        """As GetModel advertises them; ``max_item_tokens`` is what holds for the loaded model."""
         return common_pb2.Limits(
             max_items=self.max_items,
             max_item_tokens=max_item_tokens,
@@ -49,28 +59,20 @@ def check_size(request: Message, num_items: int, limits: Limits, *, field: str) 
         raise InvalidRequest(
             f"{field} holds {num_items} entries and the limit is {limits.max_items}; "
             "send fewer in one request.",
+            reason=TOO_LARGE,
             field=field,
         )
     if (num_bytes := request.ByteSize()) > limits.max_message_bytes:
         raise InvalidRequest(
             f"the request has {num_bytes} bytes and the limit is {limits.max_message_bytes}; "
             "send fewer items in one request.",
-            field=field,
-        )
-
-
-def check_queue_fits(lengths: Sequence[int], limits: Limits, *, field: str) -> None:
-    """Raise InvalidRequest for a request that even an empty queue could not take."""
-    if (num_tokens := sum(lengths)) > limits.max_queued_tokens:
-        raise InvalidRequest(
-            f"{field} holds {num_tokens} tokens and the queue takes {limits.max_queued_tokens}; "
-            "send fewer items in one request.",
+            reason=TOO_LARGE,
             field=field,
         )
 
 
 def check_model(model: str, revision: str, *, served: common_pb2.ServedModel) -> None:
-    """Raise NotFound unless the requested model and revision are the served ones; empty means any."""
+    """Raise NotFound unless model and revision are the served ones; empty means any."""
     for field, wanted, have in (
         ("model", model, served.name),
         ("revision", revision, served.revision),
@@ -102,7 +104,7 @@ def decode_sequence(
         raise PreconditionFailed(
             f"{field} was made by tokenizer {message.tokenizer_sha256} and this server's is "
             f"{tokenizer_sha256}; use the server's tokenizer or send text.",
-            reason="TOKENIZER_MISMATCH",
+            reason=TOKENIZER_MISMATCH,
             field=f"{field}.tokenizer_sha256",
             metadata={"requested": message.tokenizer_sha256, "served": tokenizer_sha256},
         )
@@ -117,14 +119,14 @@ def decode_sequence(
 
 
 def unknown_id(ids: np.ndarray, vocab_size: int) -> str:
-    """A sentence about the first id that the model has no embedding for; empty when all have one."""
+    """A sentence about the first id without an embedding in the model; empty when all have one."""
     outside = (ids < 0) | (ids >= vocab_size)
     if not outside.any():
         return ""
     position = int(outside.argmax())
     return (
-        f"token id {int(ids[position])} at position {position} is outside of the model's vocabulary "
-        f"of {vocab_size} ids."
+        f"token id {int(ids[position])} at position {position} is outside of the model's "
+        f"vocabulary of {vocab_size} ids."
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 import numpy as np
+
 from kleash.base.errors import DataError, ModelError
 from kleash.lm.sequences import TokenSequence
 

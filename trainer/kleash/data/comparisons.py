@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+
 from kleash.base.errors import DataError
 from kleash.data import fields
 from kleash.data.chat import Message, Prompt, render_response

@@ -18,7 +18,7 @@ from kleash.base.errors import DataError
 
 T = TypeVar("T")
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", *_LOADERS)
 
@@ -64,8 +64,8 @@ def read_records(source: str, *, skip_bad: bool = False) -> Iterator[Record]:
 
     Args:
         source: a JSON Lines file, a parquet, csv or arrow file, a folder that ``datasets`` wrote
-            (save_to_disk) or can read, or the name of a data set on the Hugging Face hub; all but
-            files may end in ``:split``.
+            (save_to_disk) or can read, or ``owner/name`` of a data set on the Hugging Face hub;
+            folders and names may end in ``:split``.
         skip_bad: leave out lines that are not JSON objects instead of raising DataError.
     """
     yield from load_records(source, lambda record: record, skip_bad=skip_bad)
@@ -88,9 +88,11 @@ def load_records(source: str, parse: Callable[[Record], T], *, skip_bad: bool) -
             if not skip_bad:
                 raise
             loaded.skipped.append(str(error))
-    if not loaded:
+    if not loaded and loaded.skipped:
         why = f"all {len(loaded.skipped)} were bad, first: {loaded.skipped[0]}"
-        raise DataError(f"holds no records{'; ' + why if loaded.skipped else '.'}", path=source)
+        raise DataError(f"holds no usable record; {why}", path=source)
+    if not loaded:
+        raise DataError("holds no records.", path=source)
     loaded.sha256 = digest.hexdigest()
     return loaded
 
@@ -104,15 +106,21 @@ def _read(source: str, update: Callable[[bytes], None]) -> Iterator[Record | Dat
         rows = _load_dataset(source, _LOADERS[path.suffix], "train", data_files=str(path))
     elif path.is_dir():
         rows = _load_folder(source, path, split)
-    elif path.suffix in _SUFFIXES or not _HUB_NAME.fullmatch(str(path)):
-        raise DataError("there is no such file or folder; check the path.", path=source)
-    else:
+    elif _is_hub_name(source.partition(":")[0]):
         rows = _load_dataset(source, str(path), split)
+    else:
+        raise DataError("there is no such file or folder; check the path.", path=source)
     for number, fields in _numbered(source, rows):
         # Arrow gives every row every column, empty where the row had none.
         fields = {name: value for name, value in fields.items() if value is not None}
         update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
         yield Record(source, number, fields)
+
+
+def _is_hub_name(name: str) -> bool:
+    """``owner/name``, unless it looks like a path with a slip: asking the hub takes a while."""
+    is_path = Path(name).suffix in _SUFFIXES or Path(name).parent.exists()
+    return _HUB_NAME.fullmatch(name) is not None and not is_path
 
 
 def _split_source(source: str) -> tuple[Path, str]:

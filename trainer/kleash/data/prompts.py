@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from kleash.data import fields
 from kleash.data.chat import Message, prompt_text, render_prompt
 from kleash.data.jsonl import Loaded, Record, load_records

@@ -1,4 +1,4 @@
-"""Figures with their uncertainty: proportions, win rates, paired differences, correlation, noise ceiling.
+"""Figures and their uncertainty: proportions, win rates, paired differences, noise ceiling.
 
 NumPy float64, no I/O. Intervals cover 95 % unless ``z`` or ``level`` says otherwise.
 """
@@ -89,10 +89,10 @@ def bootstrap_interval(
     level: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """Percentile interval of the mean over all values when whole groups are drawn again (Efron 1979).
+    """Percentile interval of the mean over all values, drawing whole groups again (Efron 1979).
 
-    A group holds the values of one prompt, or one number. Values of one prompt depend on each other (the
-    pairs of a ranking), so that an interval that took them as independent would be too narrow.
+    A group holds the values of one prompt, or one number. Values of one prompt depend on each
+    other (the pairs of a ranking): an interval that took them as independent would be too narrow.
     """
     if len(groups) == 0:
         raise ValueError("cannot resample an empty list of groups.")
@@ -112,7 +112,7 @@ def bootstrap_interval(
 
 
 def win_rate(first: ArrayLike, second: ArrayLike) -> WinRate:
-    """Win rate of ``first`` against ``second``, one score a prompt each, ties 1/2, Wilson interval."""
+    """Win rate of ``first`` against ``second``: one score a prompt, ties 1/2, Wilson interval."""
     difference = _paired_difference(first, second)
     n = len(difference)
     wins, ties = int((difference > 0).sum()), int((difference == 0).sum())
@@ -123,14 +123,14 @@ def win_rate(first: ArrayLike, second: ArrayLike) -> WinRate:
 def compare_paired(
     first: ArrayLike, second: ArrayLike, *, seed: int, num_resamples: int = NUM_RESAMPLES
 ) -> PairedComparison:
-    """Mean difference on the same prompts with a bootstrap interval over prompts, and the win rate."""
+    """Mean difference with a bootstrap interval over prompts, and the win rate."""
     difference = _paired_difference(first, second)
     interval = bootstrap_interval(difference, seed=seed, num_resamples=num_resamples)
     return PairedComparison(float(difference.mean()), interval, win_rate(first, second))
 
 
 def label_noise_ceiling(probabilities: ArrayLike) -> float:
-    """Best accuracy on noisy labels, E[max(p, 1 - p)]; p = probability that the first of a pair wins."""
+    """Best accuracy on noisy labels, E[max(p, 1 - p)]; p = P(the first of a pair wins)."""
     p = np.asarray(probabilities, dtype=np.float64)
     if p.size == 0 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError("the noise ceiling needs at least one probability, each between 0 and 1.")
@@ -141,7 +141,9 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
     """Correlation coefficient; 0 when one side does not vary."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"correlation needs two lists of one length, got shapes {a.shape} and {b.shape}.")
+        raise ValueError(
+            f"correlation needs two lists of one length, got shapes {a.shape} and {b.shape}."
+        )
     if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     a, b = a - a.mean(), b - b.mean()
@@ -151,7 +153,9 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
 def _paired_difference(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or a.size == 0:
-        raise ValueError(f"a paired comparison needs two lists of one length, got shapes {a.shape} and {b.shape}.")
+        raise ValueError(
+            f"two systems need one score a prompt each, got shapes {a.shape} and {b.shape}."
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("a paired comparison needs finite scores.")
     return a - b

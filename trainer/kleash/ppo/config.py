@@ -15,11 +15,13 @@ class ServicesConfig(Config):
     """Where the three services are."""
 
     policy: tuple[str, ...] = ("127.0.0.1:50051",)
-    """Addresses of the policy replicas, host:port; they share every batch. One string with commas works too."""
+    """Addresses of the policy replicas, host:port; they share every batch. One string with commas
+    works too."""
     reward: str = "127.0.0.1:50052"
     """Address of the reward service."""
     reference: str = "127.0.0.1:50053"
-    """Address of the reference service; may equal the reward service's when one process hosts both."""
+    """Address of the reference service; may equal the reward service's when one process hosts
+    both."""
     wait_s: float = pydantic.Field(default=120.0, ge=0)
     """Seconds to wait for a service that does not answer, at start and in the middle of a run."""
     generate_timeout_s: float = pydantic.Field(default=600.0, gt=0)
@@ -60,7 +62,8 @@ class SamplingConfig(Config):
     def _whole_distribution(self) -> Self:
         if self.top_k != 0 or self.top_p != 1:
             raise ValueError(
-                f"top_k {self.top_k} and top_p {self.top_p} would draw from another distribution than "
+                f"top_k {self.top_k} and top_p {self.top_p} would draw from another distribution "
+                "than "
                 "the one PPO scores; set top_k to 0 and top_p to 1"
             )
         return self
@@ -90,8 +93,8 @@ class AlgorithmConfig(Config):
     missing_eos_penalty: float = pydantic.Field(default=1.0, ge=0)
     """The penalty, in units of the normalised score."""
     importance_weight_cap: float | None = pydantic.Field(default=None, gt=0)
-    """Weigh tokens by min(old / behaviour probability, cap); 2 is usual. For a policy service of another
-    precision or engine (behaviour_gap_max shows it); null means 1 for every token."""
+    """Weigh tokens by min(old / behaviour probability, cap); 2 is usual. For a policy service of
+    another precision or engine (behaviour_gap_max shows it); null means 1 for every token."""
     entropy_coefficient: float = pydantic.Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
     target_kl: float | None = pydantic.Field(default=None, gt=0)
@@ -108,14 +111,21 @@ class KLConfig(Config):
     target: float | None = pydantic.Field(default=None, gt=0)
     """Adaptive only: wanted KL in nats per sequence."""
     horizon: float | None = pydantic.Field(default=None, gt=0)
-    """Adaptive only: episodes over which beta may change by a fifth; null means 1/30 of the run's."""
+    """Adaptive only: episodes over which beta may change by a fifth; null means 1/30 of the
+    run's."""
 
     @pydantic.model_validator(mode="after")
     def _target_if_adaptive(self) -> Self:
         if self.controller == "adaptive" and (self.target is None or self.coefficient == 0):
-            raise ValueError("the adaptive controller needs a target in nats per sequence and a positive coefficient")
+            raise ValueError(
+                "the adaptive controller needs a target in nats per sequence and a positive "
+                "coefficient"
+            )
         if self.controller == "fixed" and (self.target is not None or self.horizon is not None):
-            raise ValueError("target and horizon have no effect on a fixed coefficient; set controller to adaptive")
+            raise ValueError(
+                "target and horizon have no effect on a fixed coefficient; set controller to "
+                "adaptive"
+            )
         return self
 
 
@@ -170,7 +180,8 @@ class EvaluationConfig(Config):
     num_prompts: int = pydantic.Field(default=64, ge=1)
     """The first so many prompts are used."""
     judge: str | None = None
-    """module:function called with (PromptRecord, response text); returns a number or a dict of numbers."""
+    """module:function called with (PromptRecord, response text); returns a number or a dict of
+    numbers."""
 
     @pydantic.model_validator(mode="after")
     def _judge_needs_prompts(self) -> Self:
@@ -202,9 +213,11 @@ class PPOConfig(Config):
     prompts: str
     """Training prompts: a JSON Lines file or a Hugging Face dataset."""
     model: Path
-    """Folder of the SFT checkpoint: the policy's start, and what the reference service must serve."""
+    """Folder of the SFT checkpoint: the policy's start, and what the reference service must
+    serve."""
     reward_model: Path | None = None
-    """Folder of the reward model, from which the value network starts; not read with value.init policy."""
+    """Folder of the reward model, from which the value network starts; not read with value.init
+    policy."""
     services: ServicesConfig = ServicesConfig()
     """Addresses and deadlines."""
     server: ServerConfig = ServerConfig()
@@ -217,6 +230,10 @@ class PPOConfig(Config):
     """Responses of one step, one for each prompt drawn."""
     max_prompt_tokens: int = pydantic.Field(default=512, ge=1)
     """Longest prompt; a longer one is an error."""
+    pad_token: str | None = None
+    """Text of the pad token, for tokenizers that have none; must be in the vocabulary."""
+    chat_template: Path | None = None
+    """File with a chat template, for tokenizers that have none and prompts with messages."""
     skip_bad: bool = False
     """Count and skip unusable lines of data instead of stopping at the first."""
     sampling: SamplingConfig = SamplingConfig()
@@ -238,8 +255,8 @@ class PPOConfig(Config):
     micro_batch_tokens: int = pydantic.Field(default=8192, ge=1)
     """Padded tokens of one forward and backward pass; the losses do not depend on it."""
     isolate_scoring: bool = True
-    """Ask the services to compute the trainer's requests in passes of their own, so that the same request
-    gives the same bits whatever else they serve; false shares passes with other callers."""
+    """Ask the services to compute the trainer's requests in passes of their own, so that the same
+    request gives the same bits whatever else they serve; false shares passes with other callers."""
     device: str = "cpu"
     """Torch device of policy and value network; their weights are float32."""
     num_threads: int = pydantic.Field(default=0, ge=0)
@@ -255,16 +272,21 @@ class PPOConfig(Config):
                 f"{self.algorithm.minibatches}; choose one that divides it"
             )
         if self.value.init == "reward_model" and self.reward_model is None:
-            raise ValueError("reward_model is required: the value network starts from it; or set value.init to policy")
+            raise ValueError(
+                "reward_model is required: the value network starts from it; or set value.init to "
+                "policy"
+            )
         if self.value.warmup_steps >= self.total_steps:
             raise ValueError(
-                f"value.warmup_steps {self.value.warmup_steps} leaves none of the {self.total_steps} total_steps to PPO"
+                f"value.warmup_steps {self.value.warmup_steps} leaves none of the "
+                f"{self.total_steps} total_steps to PPO"
             )
         return self
 
     @property
     def kl_horizon(self) -> float:
-        """Episodes of the adaptive controller; a 30th of the run lets beta move freely within it."""
+        """Episodes of the adaptive controller; a 30th of the run lets beta move freely within
+        it."""
         return self.kl.horizon or max(self.total_steps * self.batch_size / 30, 1.0)
 
     @property

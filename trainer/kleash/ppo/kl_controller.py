@@ -32,7 +32,9 @@ class AdaptiveKL:
 
     error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * num_episodes / horizon.
     With 512 episodes a step and horizon 10 000 the coefficient moves at most 1 % a step: a run of
-    few steps or small batches needs a shorter horizon. https://arxiv.org/abs/1909.08593
+    few steps or small batches needs a shorter horizon. One update never moves it by more than a
+    fifth, or a batch larger than the horizon would make it negative.
+    https://arxiv.org/abs/1909.08593
     """
 
     MAX_ERROR = 0.2
@@ -52,7 +54,7 @@ class AdaptiveKL:
         """Call after the PPO step with the KL of the rollout it used."""
         error = kl_per_sequence / self.target - 1
         error = min(max(error, -self.MAX_ERROR), self.MAX_ERROR)
-        self.coefficient *= 1 + error * num_episodes / self.horizon
+        self.coefficient *= 1 + error * min(num_episodes / self.horizon, 1.0)
 
     def state_dict(self) -> dict[str, float]:
         return {"coefficient": self.coefficient}

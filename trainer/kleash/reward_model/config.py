@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import pydantic
 
 from kleash.base.config import Config
 
+DEFAULT_EVALUATION_FRACTION = 0.05
+"""Share of the prompts that is held out when nothing else is said."""
+
 
 class RewardModelConfig(Config):
     """Stage 2: a Bradley-Terry reward model from comparisons.
 
-    The default learning rate and batch follow Ouyang et al. 2022 (9e-6, 64 prompts) and suit models of
-    a billion parameters and more; models of a million learn at 1e-3.
+    The default learning rate and batch follow Ouyang et al. 2022 (9e-6, 64 prompts) and suit models
+    of a billion parameters and more; models of a million learn at 1e-3.
     """
 
     model: Path
@@ -24,15 +27,16 @@ class RewardModelConfig(Config):
     out: Path
     """Folder to write; must not exist."""
     evaluation_data: str | None = None
-    """Held-out comparisons, in the formats of data; null holds out evaluation_fraction of the data."""
-    evaluation_fraction: float = pydantic.Field(default=0.05, ge=0, lt=1)
-    """Share of the prompts that is held out, whole prompts at a time; 0 holds none out."""
+    """Held-out comparisons, in the formats of data; null takes evaluation_fraction of data."""
+    evaluation_fraction: float | None = pydantic.Field(default=None, ge=0, lt=1)
+    """Share of the prompts to hold out, whole prompts at a time; 0 holds none out, null is 0.05 or,
+    with evaluation_data, none."""
     reference_data: str | None = None
-    """Demonstrations whose responses are to score mean 0; null takes every response of the training
-    comparisons, which are samples of the model that PPO starts from when `kleash candidates` made them."""
+    """Demonstrations whose responses are to score mean 0; null takes all responses of the training
+    comparisons: made by `kleash candidates`, they are samples of the model that PPO starts from."""
     normalization: Literal["mean_std", "mean"] = "mean_std"
     """mean_std: reference responses score mean 0 and standard deviation 1; mean: mean 0 alone."""
-    learning_rate: float = pydantic.Field(default=1e-5, gt=0)
+    learning_rate: float = pydantic.Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Highest learning rate; falls to 0 over the run."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Shape of the fall."""
@@ -43,36 +47,45 @@ class RewardModelConfig(Config):
     batch_size: int = pydantic.Field(default=64, ge=1)
     """Prompts of one optimizer step; all responses and pairs of a prompt stay together."""
     micro_batch_tokens: int = pydantic.Field(default=16384, ge=1)
-    """Padded tokens of one forward pass; the result does not depend on it. One ranking is never split."""
+    """Padded tokens that go through the model at once; changes memory, not the result. One ranking
+    is never split."""
     max_tokens: int | None = pydantic.Field(default=None, ge=2)
-    """Longest prompt plus response in tokens; null is the model's context. A longer one is an error."""
+    """Longest prompt plus response in tokens; null: the model's context."""
     use_margins: bool = True
     """Subtract the margin of a comparison from its score difference; data without margins has 0."""
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
     """Probability that a label is wrong."""
-    centring_coefficient: float = pydantic.Field(default=0.0, ge=0)
+    centring_coefficient: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of mean((winner's score + loser's score)^2), which keeps raw scores around 0."""
-    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
     """AdamW's decoupled weight decay, on matrices alone."""
-    max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
-    """Norm that the gradient of a step is clipped to."""
-    seed: int = 0
+    max_grad_norm: float | None = pydantic.Field(default=1.0, gt=0)
+    """Longer gradients are scaled down to this norm; null: none are."""
+    seed: int = pydantic.Field(default=0, ge=0)
     """Of the head, the held-out prompts, the order of the data and the bootstrap."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the backbone computes in; weights, optimizer and head stay float32."""
+    """bfloat16: compute and save in it; weights and optimizer state are float32 in training, the
+    head always computes in float32."""
     device: str = "cpu"
-    """Torch device."""
+    """Where to train: cpu, cuda or cuda:N."""
     pad_token: str | None = None
-    """Text of the pad token, for tokenizers that have none; added to the vocabulary when it is new."""
+    """Text of the token to pad with, for a tokenizer without one."""
     chat_template: Path | None = None
-    """File with a chat template, for tokenizers that have none and data with messages."""
+    """File with a Jinja chat template to use instead of the tokenizer's own."""
     skip_bad: bool = False
-    """Count and skip unusable lines of data instead of stopping at the first."""
+    """Leave bad lines of the data out and count them, instead of stopping at the first one."""
     num_threads: int = pydantic.Field(default=0, ge=0)
-    """Threads that torch computes with; 0 leaves its own choice."""
+    """Threads that torch computes with on the CPU; 0: its own choice."""
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Share of the prompts of ``data`` that is held out."""
+        if self.evaluation_fraction is not None:
+            return self.evaluation_fraction
+        return 0.0 if self.evaluation_data else DEFAULT_EVALUATION_FRACTION
 
     @pydantic.model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.evaluation_data is not None and "evaluation_fraction" in self.model_fields_set:
-            raise ValueError("evaluation_data and evaluation_fraction exclude each other; give one")
+    def _check_evaluation(self) -> RewardModelConfig:
+        if self.evaluation_data and self.evaluation_fraction:
+            raise ValueError("evaluation_data and evaluation_fraction exclude each other; set one")
         return self

@@ -1,13 +1,13 @@
-"""How well a reward model predicts comparisons: accuracy, calibration, margin, and the pull of length.
+"""How well a reward model predicts comparisons: accuracy, calibration, margin, pull of length.
 
-P pairs, K responses of a ranking. Scores here are raw: sigma(difference) is the model's Bradley-Terry
-probability that the winner wins, which a normalized score (divided by its std) no longer gives.
+P pairs, K responses of a ranking. Scores here are raw: sigma(difference) is the probability that
+the model gives the winner, which a normalized score (divided by its std) no longer says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from kleash.data.comparisons import Ranking
 from kleash.evaluate.statistics import Interval, bootstrap_interval, pearson, wilson_interval
 from kleash.lm.heads import last_token_scores
 from kleash.lm.sequences import TokenSequence, micro_batches, pack
+from kleash.reward_model.batches import ranking_sequences
 
 NUM_CALIBRATION_BINS = 10
 
@@ -33,7 +34,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs that the model is about equally sure of. Its confidence is sigma(abs(difference)), 0.5 to 1."""
+    """Pairs that the model is equally sure of: sigma(abs(difference)), its confidence, 0.5 to 1."""
 
     low: float
     high: float
@@ -55,7 +56,7 @@ class Evaluation:
     accuracy_ci95: Interval
     """Wilson interval over pairs."""
     accuracy_ci95_over_prompts: Interval
-    """Bootstrap over rankings: the wider, honest one where a ranking gives many pairs."""
+    """Bootstrap over prompts: the honest one where a prompt has several pairs."""
     loss: float
     """Mean of -log sigma(difference) over pairs, nats; log 2 = 0.693 is a coin."""
     mean_margin: float
@@ -68,31 +69,17 @@ class Evaluation:
     longer_is_better_accuracy: float
     """Accuracy of preferring the longer response: what length alone explains."""
     prefers_longer: float | None
-    """Share of pairs of unequal length whose longer response scores higher; null without such pairs."""
+    """Share of pairs whose longer response scores higher; null when all are of equal length."""
     by_dimension: dict[str, Accuracy]
     by_annotator: dict[str, Accuracy]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON report."""
-        return asdict(self)
-
-
-def ranking_sequences(ranking: Ranking) -> list[TokenSequence]:
-    """Prompt plus response, once for each of the K responses."""
-    start = len(ranking.prompt_ids)
-    return [
-        TokenSequence(np.concatenate([ranking.prompt_ids, response]).astype(np.int32), start)
-        for response in ranking.responses
-    ]
-
 
 def score_sequences(model: Any, sequences: Sequence[TokenSequence], max_tokens: int) -> np.ndarray:
-    """Raw scores, (len(sequences),) float64, computed in batches of at most ``max_tokens`` padded tokens."""
+    """Raw scores, (len(sequences),) float64, at most ``max_tokens`` padded tokens at a time."""
     scores = np.zeros(len(sequences))
-    device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.no_grad():
         for rows in micro_batches(sequences, max_tokens):
-            batch = pack([sequences[row] for row in rows], device)
+            batch = pack([sequences[row] for row in rows], model.device)
             scores[rows] = last_token_scores(model, batch).cpu().numpy()
     return scores
 
@@ -105,10 +92,14 @@ def score_rankings(model: Any, rankings: Sequence[Ranking], max_tokens: int) -> 
 
 
 def evaluate(rankings: Sequence[Ranking], scores: Sequence[np.ndarray], *, seed: int) -> Evaluation:
-    """Compare raw ``scores`` (one array for each ranking) with the labels. ``seed`` is the bootstrap's."""
-    counts = [len(ranking.pairs) for ranking in rankings]
+    """Compare raw ``scores``, a (K,) array for each ranking, with the labels.
+
+    ``seed`` is the bootstrap's.
+    """
     owners = [ranking for ranking in rankings for _ in ranking.pairs]
-    lengths = [np.array([len(r) for r in ranking.responses], dtype=np.float64) for ranking in rankings]
+    lengths = [
+        np.array([len(r) for r in ranking.responses], dtype=np.float64) for ranking in rankings
+    ]
     differences = winner_minus_loser(rankings, scores)
     extra_length = winner_minus_loser(rankings, lengths)
     hits = _share_above_zero(differences)
@@ -118,14 +109,10 @@ def evaluate(rankings: Sequence[Ranking], scores: Sequence[np.ndarray], *, seed:
         num_pairs=len(hits),
         accuracy=float(hits.mean()),
         accuracy_ci95=wilson_interval(float(hits.sum()), len(hits)),
-        accuracy_ci95_over_prompts=bootstrap_interval(
-            np.split(hits, np.cumsum(counts)[:-1]), seed=seed
-        ),
+        accuracy_ci95_over_prompts=bootstrap_interval(_by_prompt(hits, owners), seed=seed),
         loss=float(np.logaddexp(0, -differences).mean()),
         mean_margin=float(differences.mean()),
-        expected_calibration_error=sum(
-            abs(b.observed - b.predicted) * b.num_pairs for b in bins
-        )
+        expected_calibration_error=sum(abs(b.observed - b.predicted) * b.num_pairs for b in bins)
         / len(hits),
         calibration=bins,
         score_length_correlation=pearson(np.concatenate(scores), np.concatenate(lengths)),
@@ -137,7 +124,7 @@ def evaluate(rankings: Sequence[Ranking], scores: Sequence[np.ndarray], *, seed:
 
 
 def winner_minus_loser(rankings: Sequence[Ranking], values: Sequence[np.ndarray]) -> np.ndarray:
-    """A figure of each pair's winner minus that of its loser, (P,); ``values`` as for ``evaluate``."""
+    """Value of each pair's winner minus its loser's, (P,); ``values`` are (K,) for each ranking."""
     return np.array(
         [
             row[winner] - row[loser]
@@ -176,6 +163,14 @@ def _prefers_longer(differences: np.ndarray, extra_length: np.ndarray) -> float 
     if not unequal.any():
         return None
     return float(_share_above_zero((differences * np.sign(extra_length))[unequal]).mean())
+
+
+def _by_prompt(hits: np.ndarray, owners: Sequence[Ranking]) -> list[list[float]]:
+    """The values of each prompt's pairs, from all rankings of that prompt."""
+    groups: dict[bytes, list[float]] = {}
+    for hit, ranking in zip(hits.tolist(), owners, strict=True):
+        groups.setdefault(ranking.prompt_ids.tobytes(), []).append(hit)
+    return list(groups.values())
 
 
 def _accuracy_by(hits: np.ndarray, names: Sequence[str]) -> dict[str, Accuracy]:

@@ -20,16 +20,17 @@ class RankingLoss:
     preference_loss: torch.Tensor
     """Scalar, detached: the Bradley-Terry term alone."""
     accuracy: torch.Tensor
-    """Scalar, detached: weighted share of pairs whose winner scores higher, equal scores count 1/2."""
+    """Scalar, detached: weighted share of pairs whose winner scores higher; equal ones are 1/2."""
 
 
 def pair_losses(
     differences: torch.Tensor, margins: torch.Tensor | float = 0.0, *, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """-(1 - e) log sigma(d) - e log sigma(-d) with d = score of winner - score of loser - margin: (P,).
+    """-(1 - e) log sigma(d) - e log sigma(-d), (P,); d = winner's score - loser's score - margin.
 
-    Bradley & Terry 1952 as in Ouyang et al. 2022, equation 1; margin: Touvron et al. 2023, equation 2;
-    ``label_smoothing`` e: the probability that a label is wrong. logsigmoid is finite for every finite d.
+    Bradley & Terry 1952 as in Ouyang et al. 2022, equation 1; margin: Touvron et al. 2023,
+    equation 2; ``label_smoothing`` e is the probability that a label is wrong. logsigmoid is
+    finite for every finite d, log(1 + exp(-d)) is not.
     """
     d = differences - margins
     if not label_smoothing:
@@ -40,8 +41,9 @@ def pair_losses(
 def pair_weights(num_pairs: torch.Tensor, num_prompts: int) -> torch.Tensor:
     """Weight of every pair of a step, (sum of num_pairs,) float32: 1 / (pairs of its prompt * N).
 
-    ``num_pairs`` (n,) int64 counts the pairs of n prompts, ``num_prompts`` N is the prompts of the whole
-    step: the losses of its micro-batches then add up to the mean over prompts of the mean over pairs.
+    ``num_pairs`` (n,) int64 are the pairs of each prompt, N = ``num_prompts`` the prompts of the
+    whole step: the losses of its micro-batches add up to the mean over prompts of the mean over
+    pairs.
     """
     return torch.repeat_interleave(1.0 / (num_pairs * num_prompts), num_pairs)
 
@@ -70,7 +72,9 @@ def ranking_loss(
         centring_coefficient: c, 0 for none.
     """
     winners, losers = scores[pairs[:, 0]], scores[pairs[:, 1]]
-    preference = (weights * pair_losses(winners - losers, margins, label_smoothing=label_smoothing)).sum()
+    preference = (
+        weights * pair_losses(winners - losers, margins, label_smoothing=label_smoothing)
+    ).sum()
     centring = (weights * (winners + losers).square()).sum()
     with torch.no_grad():
         hits = (winners > losers).float() + 0.5 * (winners == losers).float()

@@ -1,7 +1,8 @@
-"""The normalization of a trained reward model: reference responses score mean 0 and, if asked, std 1.
+"""The normalization of a trained reward model: reference responses score mean 0, std 1.
 
-Without it the raw score has an arbitrary offset and scale, and neither the penalty for a missing end
-token nor the KL coefficient of PPO has a stable meaning (Ziegler et al. 2019; Stiennon et al. 2020).
+Without it the raw score has an arbitrary offset and scale, and neither the penalty for a missing
+end token nor the KL coefficient of PPO has a stable meaning (Ziegler et al. 2019, Stiennon et al.
+2020).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def measure_normalization(scores: np.ndarray, mode: Mode) -> Normalization:
     # A spread at the size of float32 rounding would blow rounding errors up to scores.
     if std <= 1e-6 * max(abs(mean), 1.0):
         raise DataError(
-            f"the {len(raw)} reference responses all score {mean:.4g}: there is no spread to normalize by; "
-            "give more reference data or set --normalization=mean."
+            f"the {len(raw)} reference responses all score {mean:.4g}, without a spread to "
+            "normalize by; give more reference data or set --normalization=mean."
         )
     return Normalization(mean, std)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
-
 from kleash.base.config import Config
+from pydantic import Field, model_validator
 
 
 class SFTConfig(Config):
@@ -16,7 +15,8 @@ class SFTConfig(Config):
     model: Path
     """Hugging Face folder of the causal language model to start from."""
     data: str
-    """Demonstrations: a JSON Lines file, a folder or a hub name that `datasets` reads (":split")."""
+    """Demonstrations: a JSON Lines file, or a folder or hub name for `datasets`, with or without a
+    :split."""
     out: Path
     """Folder to write: a Hugging Face checkpoint with kleash.json, report.json, metrics.jsonl."""
     evaluation_data: str | None = None
@@ -46,7 +46,7 @@ class SFTConfig(Config):
     seed: int = Field(0, ge=0)
     """Decides the order of the data and what is held out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: multiply and save in it; weights and optimizer state stay float32 while training."""
+    """bfloat16: compute and save in it; weights and optimizer state are float32 in training."""
     device: str = "cpu"
     """Where to train: cpu, cuda or cuda:N."""
     pad_token: str | None = None

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 
 
-def cross_entropy(
-    log_probs: torch.Tensor, mask: torch.Tensor, *, num_tokens: int
-) -> torch.Tensor:
+def cross_entropy(log_probs: torch.Tensor, mask: torch.Tensor, *, num_tokens: int) -> torch.Tensor:
     """Negative log-likelihood of the masked tokens divided by ``num_tokens``, a scalar in nats.
 
     Args:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kleash.base.config import save_config
+from kleash.ppo.config import ServicesConfig
 from kleash.up.config import SERVICES, UpConfig
 from kleash.up.supervisor import Child, Supervisor, free_port, kleash_command
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: UpConfig) -> int:
@@ -19,17 +19,31 @@ def run(config: UpConfig) -> int:
     Logs of the services are in ``OUT/logs``; the trainer keeps the terminal. Ctrl-C and SIGTERM stop
     the trainer, which writes a checkpoint; a second one ends it at once.
     """
-    out = config.ppo.out
+    with _running(config) as (supervisor, services):
+        path = config.ppo.out / "services" / "trainer.json"
+        save_config(config.ppo.model_copy(update={"services": services}), path)
+        return supervisor.run_to_end(kleash_command("ppo", str(path)))
+
+
+@contextlib.contextmanager
+def running_services(config: UpConfig) -> Iterator[ServicesConfig]:
+    """The three services as child processes, without a trainer; yields their addresses."""
+    with _running(config) as (_, services):
+        yield services
+
+
+@contextlib.contextmanager
+def _running(config: UpConfig) -> Iterator[tuple[Supervisor, ServicesConfig]]:
     ports = {name: free_port() for name in SERVICES}
-    supervisor = Supervisor(max_restarts=config.max_restarts)
-    supervisor.children = [_service(name, config, ports[name], out) for name in SERVICES]
-    trainer_config = _trainer_config(config, ports, out)
+    children = [_service(name, config, port, config.ppo.out) for name, port in ports.items()]
+    supervisor = Supervisor(max_restarts=config.max_restarts, children=children)
+    addresses: dict[str, Any] = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+    addresses["policy"] = (addresses["policy"],)
     supervisor.start()
     try:
-        status = supervisor.run_to_end(kleash_command("ppo", str(trainer_config)))
+        yield supervisor, config.ppo.services.model_copy(update=addresses)
     finally:
         supervisor.stop()
-    return status
 
 
 def _service(name: str, config: UpConfig, port: int, out: Path) -> Child:
@@ -37,12 +51,3 @@ def _service(name: str, config: UpConfig, port: int, out: Path) -> Child:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_config(config.serve_config(name, port), path)
     return Child(name=name, command=kleash_command("serve", name, str(path)), log=out / "logs" / f"{name}.log")
-
-
-def _trainer_config(config: UpConfig, ports: dict[str, int], out: Path) -> Path:
-    addresses: dict[str, Any] = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
-    addresses["policy"] = [addresses["policy"]]
-    services = config.ppo.services.model_copy(update=addresses)
-    path = out / "services" / "trainer.json"
-    save_config(config.ppo.model_copy(update={"services": services}), path)
-    return path

@@ -1,0 +1,273 @@
+"""Complete, verified checkpoints: a run goes on from one as if it had never stopped.
+
+    checkpoints/step-000010/
+      policy/                        a plain Hugging Face folder: safetensors, tokenizer,
+      kleash.json value.safetensors policy_optimizer.safetensors   exp_avg, exp_avg_sq and step of
+      every parameter value_optimizer.safetensors state.json                     step, prompt
+      position, published version, fence, KL controller, digests config.json                    the
+      resolved configuration manifest.json                  size and SHA-256 of every other file
+
+A checkpoint is written into a hidden folder, flushed to disk, and renamed when it is complete.
+There are no random-number states to store: every draw is a function of (seed, purpose, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kleash.base.config import save_config
+from kleash.base.errors import ConfigError
+from kleash.lm.digest import canonical_tensors
+from kleash.lm.load import save_checkpoint_folder
+from kleash.ppo.config import PPOConfig
+from kleash.ppo.learner import Learner
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+FREE_KEYS = (
+    "out", "prompts", "model", "reward_model", "services", "server", "evaluation", "checkpoint",
+    "micro_batch_tokens", "isolate_scoring", "device", "num_threads", "resume", "skip_bad",
+    "pad_token", "chat_template",
+)  # fmt: skip
+"""Configuration that may change in a resumed run: where things are and how they are computed, not
+what is computed. Models and prompts may move; their digests may not change."""
+
+
+@dataclass(frozen=True)
+class RunPosition:
+    """Where a run is; with the models, everything that the next step depends on."""
+
+    step: int = 0
+    """PPO steps done."""
+    prompt_position: int = 0
+    """Prompts drawn so far."""
+    weights_version: int = 1
+    """Version of the weights that the policy replicas serve; 0 is what a replica loaded at its
+    start."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    position: RunPosition
+    run_id: str
+    fence: int
+    kl: dict[str, float]
+    digests: dict[str, str]
+    config: dict[str, Any]
+
+    def load_into(self, learner: Learner) -> None:
+        """Value network, optimizers and KL controller; the policy is loaded from
+        ``path/policy``."""
+        device = str(next(learner.value.parameters()).device)
+        learner.value.load_state_dict(load_file(self.path / "value.safetensors", device=device))
+        _load_optimizer(
+            self.path / "policy_optimizer.safetensors", learner.policy, learner.policy_optimizer
+        )
+        _load_optimizer(
+            self.path / "value_optimizer.safetensors", learner.value, learner.value_optimizer
+        )
+        learner.kl.load_state_dict(self.kl)
+
+    def check_config(self, config: PPOConfig) -> None:
+        """Raise ConfigError that names the first key whose change would change the run's
+        mathematics."""
+        old, new = _flat(self.config), _flat(config.model_dump(mode="json"))
+        for key in sorted(old.keys() | new.keys()):
+            if key.split(".")[0] not in FREE_KEYS and old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"'{key}' is {json.dumps(new.get(key))}, but the run in "
+                    f"{self.path.parent.parent} was started with "
+                    f"{json.dumps(old.get(key))}; set it back to resume, or start a new run in "
+                    "another --out."
+                )
+
+    def check_digests(self, digests: dict[str, str]) -> None:
+        """Raise ConfigError when a model or the prompts are not those of the run."""
+        for name, old in self.digests.items():
+            if digests.get(name) != old:
+                raise ConfigError(
+                    f"the {name.replace('_', ' ')} ({digests.get(name)}) is not the one that the "
+                    f"run in {self.path.parent.parent} was started "
+                    f"with ({old}); bring that one back to resume, or start a new run in another "
+                    "--out."
+                )
+
+
+def save(
+    folder: Path,
+    learner: Learner,
+    tokenizer: Any,
+    config: PPOConfig,
+    *,
+    position: RunPosition,
+    run_id: str,
+    fence: int,
+    digests: dict[str, str],
+    lineage: dict[str, Any],
+) -> Path:
+    """Write ``folder/step-NNNNNN`` all at once and remove the oldest beyond checkpoint.keep."""
+    target = folder / f"step-{position.step:06d}"
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_checkpoint_folder(learner.policy, tokenizer, partial / "policy", lineage)
+    save_file(_own(canonical_tensors(learner.value)), partial / "value.safetensors")
+    _save_optimizer(
+        partial / "policy_optimizer.safetensors", learner.policy, learner.policy_optimizer
+    )
+    _save_optimizer(partial / "value_optimizer.safetensors", learner.value, learner.value_optimizer)
+    state = {
+        "step": position.step,
+        "prompt_position": position.prompt_position,
+        "weights_version": position.weights_version,
+        "run_id": run_id,
+        "fence": fence,
+        "kl": learner.kl.state_dict(),
+        "seed": config.seed,
+        "random_numbers": "functions of (seed, purpose, step); there is no generator state",
+        "digests": digests,
+    }
+    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    save_config(config, partial / "config.json")
+    manifest = {
+        "format": FORMAT,
+        "files": {name: _describe(partial / name) for name in _files(partial)},
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _flush(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    _flush_folder(folder)
+    for old in _steps(folder)[: -config.checkpoint.keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint; damaged ones are named in the log and set aside."""
+    for path in reversed(_steps(folder)):
+        if problem := _problem(path):
+            aside = path.with_name(f"{path.name}.damaged")
+            logger.warning(
+                "checkpoint %s is damaged (%s) and was set aside as %s", path, problem, aside.name
+            )
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            continue
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(
+            path=path,
+            position=RunPosition(state["step"], state["prompt_position"], state["weights_version"]),
+            run_id=state["run_id"],
+            fence=state["fence"],
+            kl=state["kl"],
+            digests=state["digests"],
+            config=json.loads((path / "config.json").read_text(encoding="utf-8")),
+        )
+    return None
+
+
+def _problem(path: Path) -> str:
+    """What is wrong with a checkpoint; empty when every byte is as it was written."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files, written_as = manifest["files"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "manifest.json is missing or cannot be read"
+    if written_as != FORMAT:
+        return f"its format is {written_as} and this software reads {FORMAT}"
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _describe(path / name) != expected:
+            return f"{name} is not what was written"
+    return ""
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob("step-[0-9]*") if path.name[5:].isdigit())
+
+
+def _save_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    save_file(_own(tensors), path)
+
+
+def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors = load_file(path)
+    for name, parameter in model.named_parameters():
+        state = {
+            key: tensors[f"{name}.{key}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{name}.{key}" in tensors
+        }
+        # Adam's step counter stays on the CPU, its moments live with the parameter.
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device)
+            for key, value in state.items()
+        }
+
+
+def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them."""
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _flush(folder: Path) -> None:
+    """Every file and folder to disk, before the rename makes them a checkpoint."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,39 @@
+"""Waiting for a service that is away: growing pauses, and an end to them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from kleash.rpc.errors import ServiceError
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 5.0
+
+
+class Patience:
+    """Pauses between attempts: 0.2 s, doubling to 5 s, for ``seconds`` in all since the last
+    success."""
+
+    def __init__(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        self._seconds = seconds
+        self._is_over = is_over
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Something worked: the next failure gets the full patience."""
+        self._deadline = time.monotonic() + self._seconds
+        self._pause_s = FIRST_PAUSE_S
+
+    def wait_after(self, error: ServiceError) -> None:
+        """Sleep before the next attempt; raises ``error`` when the time is used up or nobody waits
+        any more."""
+        pause_s = max(self._pause_s, error.retry_after_s or 0.0)
+        if time.monotonic() + pause_s > self._deadline or self._is_over():
+            raise error
+        logger.warning("%s Trying again in %.1f s.", error, pause_s)
+        time.sleep(pause_s)
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)

@@ -1,0 +1,360 @@
+"""One batch of responses, scored: generation streams in, scoring overlaps it.
+
+    replica 0 ─ share of the prompts ─► Generate ─ finished responses, in order of completion ─┐
+    replica 1 ─ share of the prompts ─► Generate ─ ...                                         │
+                                                          groups of fixed size, per replica    │
+                                              ┌── reward.score_tokens ◄────────────────────────┤
+                                              └── reference.log_probs ◄────────────────────────┘
+    rows in the order of the prompts, whatever order they arrived in
+
+One thread a replica reads its stream; a pool of threads waits for the scoring calls. A group is
+what one replica finished in a row, so that its composition, and with it every bit of the answers,
+is the same in a repeated run. A call that finds a service away is repeated; tokens do not change
+by that, because their random numbers depend on (seed, prompt id, sample index, position) alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from kleash.base.errors import KleashError
+from kleash.client.types import GeneratedSequence, Prompt, Sampling
+from kleash.data.prompts import PromptRecord
+from kleash.lm.sequences import TokenSequence
+from kleash.ppo.config import PPOConfig
+from kleash.ppo.patience import Patience
+from kleash.ppo.services import Services
+from kleash.rpc.errors import Overloaded, PreconditionFailed, Unavailable
+
+SCORING_THREADS = 4
+"""Two calls under way for each scoring service: the server computes one while the next is
+decoded."""
+
+POLL_S = 0.2
+"""How often a rollout looks whether it is to be abandoned."""
+
+
+class RolloutError(KleashError):
+    """A service answered with something that cannot be trained on."""
+
+
+class RolloutAbandonedError(KleashError):
+    """The run is to stop and this rollout was given up; nothing of the trainer's state changed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One response and what the services said about it."""
+
+    record: PromptRecord
+    sequence: TokenSequence
+    """Prompt and response."""
+    behaviour_log_probs: np.ndarray
+    """One a response token, float32: the sampler's own."""
+    reference_log_probs: np.ndarray
+    """One a response token, float32."""
+    score: float
+    """Normalised reward-model score."""
+    is_stopped: bool
+    """The response ends with a stop token; False when the length limit cut it."""
+    weights_version: int
+    """Weights that produced every token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """A scored batch, in the order of the prompts."""
+
+    samples: list[Sample]
+    generate_s: float
+    """Until the last response was there."""
+    score_s: float
+    """From then until the last score and reference log-prob were: the part that generation did not
+    hide."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One response to draw: the n-th of its prompt in the batch."""
+
+    index: int
+    record: PromptRecord
+    sample_index: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Responses that were scored together."""
+
+    rows: list[tuple[_Row, GeneratedSequence, TokenSequence]]
+    scores: Future[list[float]]
+    log_probs: Future[list[np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Collector:
+    """Collects rollouts from the services; holds no state between two calls."""
+
+    services: Services
+    config: PPOConfig
+    tokenizer_sha256: str
+    reward_revision: str
+    """Scores of another reward model are refused."""
+    republish: Callable[[int, int], None]
+    """Called with (replica, version) when a replica may not serve the trainer's weights."""
+    is_abandoned: Callable[[], bool] = lambda: False
+    """Polled; once true, ``collect`` raises RolloutAbandonedError."""
+
+    def collect(
+        self, prompts: Sequence[PromptRecord], *, seed: int, weights_version: int
+    ) -> Rollout:
+        """One response to each prompt, drawn with the weights of ``weights_version``."""
+        start = time.monotonic()
+        rows = _number_rows(prompts)
+        replicas = min(len(self.services.policies), len(rows))
+        shares = [rows[replica::replicas] for replica in range(replicas)]
+        drawing = ThreadPoolExecutor(replicas, "generate")
+        scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
+        task = _Task(self, seed, weights_version, scoring)
+        try:
+            futures = [
+                drawing.submit(task.run, replica, share) for replica, share in enumerate(shares)
+            ]
+            self._wait(futures)
+            groups = [group for future in futures for group in future.result()]
+            generated = time.monotonic()
+            self._wait([future for group in groups for future in (group.scores, group.log_probs)])
+            samples = sorted(
+                (pair for group in groups for pair in _samples(group, weights_version)),
+                key=lambda pair: pair[0],
+            )
+        finally:
+            task.is_over.set()
+            drawing.shutdown(wait=False, cancel_futures=True)
+            scoring.shutdown(wait=False, cancel_futures=True)
+        return Rollout(
+            samples=[sample for _, sample in samples],
+            generate_s=generated - start,
+            score_s=time.monotonic() - generated,
+        )
+
+    def _wait(self, futures: Sequence[Future]) -> None:
+        """Until all are done; raises the first error at once, and RolloutAbandonedError when told
+        to."""
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if self.is_abandoned():
+                raise RolloutAbandonedError("the rollout was abandoned because the run is to stop.")
+
+
+class _Task:
+    """One call of ``collect``, as its threads see it."""
+
+    def __init__(
+        self, collector: Collector, seed: int, weights_version: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self.is_over = threading.Event()
+        config = collector.config
+        self._services = collector.services
+        self._config = config
+        self._tokenizer_sha256 = collector.tokenizer_sha256
+        self._reward_revision = collector.reward_revision
+        self._republish = collector.republish
+        self._weights_version = weights_version
+        self._pool = pool
+        self._sampling = Sampling(
+            seed=seed,
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.sampling.temperature,
+            stop_token_ids=config.sampling.stop_token_ids,
+        )
+
+    def run(self, replica: int, rows: Sequence[_Row]) -> list[_Group]:
+        """Generate one replica's share and hand each full group on."""
+        groups: list[_Group] = []
+        finished: list[tuple[_Row, GeneratedSequence, TokenSequence]] = []
+        with contextlib.closing(self._generate(replica, rows)) as arrivals:
+            for row, generated in arrivals:
+                finished.append((row, generated, _sequence(row, generated, self._weights_version)))
+                if len(finished) == self._config.services.group_size:
+                    groups.append(self._submit(finished))
+                    finished = []
+        if finished:
+            groups.append(self._submit(finished))
+        return groups
+
+    def _submit(self, rows: list[tuple[_Row, GeneratedSequence, TokenSequence]]) -> _Group:
+        sequences = [sequence for _, _, sequence in rows]
+        return _Group(
+            rows,
+            scores=self._pool.submit(self._retry, self._score, sequences),
+            log_probs=self._pool.submit(self._retry, self._reference_log_probs, sequences),
+        )
+
+    def _score(self, sequences: list[TokenSequence]) -> list[float]:
+        scores = self._services.reward.score_tokens(
+            sequences,
+            tokenizer_sha256=self._tokenizer_sha256,
+            normalize=True,
+            isolate=self._config.isolate_scoring,
+        )
+        for score in scores:
+            if score.revision != self._reward_revision:
+                raise RolloutError(
+                    f"the reward service scored with {score.revision}, and the run began with "
+                    f"{self._reward_revision}; "
+                    "serve that reward model again and resume."
+                )
+        return [score.score for score in scores]
+
+    def _reference_log_probs(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
+        return self._services.reference.log_probs(
+            sequences,
+            temperature=self._config.sampling.temperature,
+            tokenizer_sha256=self._tokenizer_sha256,
+            isolate=self._config.isolate_scoring,
+        )
+
+    def _retry(
+        self, function: Callable[[list[TokenSequence]], list], sequences: list[TokenSequence]
+    ) -> list:
+        """Call until the service is there."""
+        patience = Patience(self._config.services.wait_s, self.is_over.is_set)
+        while True:
+            try:
+                answers = function(sequences)
+            except (Unavailable, Overloaded) as error:
+                patience.wait_after(error)
+                continue
+            if len(answers) != len(sequences):
+                raise RolloutError(
+                    f"{len(sequences)} sequences were sent to be scored, {len(answers)} came back."
+                )
+            return answers
+
+    def _generate(
+        self, replica: int, rows: Sequence[_Row]
+    ) -> Generator[tuple[_Row, GeneratedSequence]]:
+        """Responses as they finish; after a failure those that are missing are asked for again."""
+        missing = {(row.record.prompt_id, row.sample_index): row for row in rows}
+        known = set(missing)
+        patience = Patience(self._config.services.wait_s, self.is_over.is_set)
+        is_stale = False
+        while missing and not self.is_over.is_set():
+            try:
+                if is_stale:
+                    self._republish(replica, self._weights_version)
+                    is_stale = False
+                stream = self._services.policies[replica].generate(
+                    _requests(missing.values()),
+                    self._sampling,
+                    min_weights_version=self._weights_version,
+                    tokenizer_sha256=self._tokenizer_sha256,
+                )
+                with contextlib.closing(stream):
+                    for generated in stream:
+                        if self.is_over.is_set():
+                            return
+                        key = (generated.prompt_id, generated.sample_index)
+                        if key not in known:
+                            raise RolloutError(
+                                f"policy replica {replica} answered prompt {key}, which nobody "
+                                "asked."
+                            )
+                        if row := missing.pop(key, None):
+                            patience.start_again()
+                            yield row, generated
+            except (Unavailable, Overloaded, PreconditionFailed) as error:
+                if isinstance(error, PreconditionFailed) and error.reason != "WEIGHTS_TOO_OLD":
+                    raise
+                # A replica that was away may have come back with the weights of its own start.
+                is_stale = not isinstance(error, Overloaded)
+                patience.wait_after(error)
+                continue
+            if missing:
+                raise RolloutError(
+                    f"policy replica {replica} ended its stream without {len(missing)} of "
+                    f"{len(rows)} responses."
+                )
+
+
+def _number_rows(prompts: Sequence[PromptRecord]) -> list[_Row]:
+    """A prompt that occurs again in the batch gets the next sample index: another draw."""
+    seen: Counter[str] = Counter()
+    rows = []
+    for index, record in enumerate(prompts):
+        rows.append(_Row(index, record, seen[record.prompt_id]))
+        seen[record.prompt_id] += 1
+    return rows
+
+
+def _requests(rows: Iterable[_Row]) -> list[Prompt]:
+    """One Prompt an id. Sample indices in between that nobody needs are drawn too and ignored."""
+    wanted: dict[str, list[_Row]] = {}
+    for row in rows:
+        wanted.setdefault(row.record.prompt_id, []).append(row)
+    requests = []
+    for prompt_id, same in wanted.items():
+        indices = [row.sample_index for row in same]
+        first, last = min(indices), max(indices)
+        requests.append(Prompt(prompt_id, same[0].record.ids, last - first + 1, first))
+    return requests
+
+
+def _sequence(row: _Row, generated: GeneratedSequence, weights_version: int) -> TokenSequence:
+    """Prompt and response, after the checks that make it usable."""
+    versions = {span.weights_version for span in generated.version_spans}
+    if versions != {weights_version}:
+        raise RolloutError(
+            f"the response to prompt {row.record.prompt_id!r} was drawn with weights of version "
+            f"{sorted(versions)}, and the trainer is at {weights_version}; does another trainer "
+            "publish to "
+            "this policy service?"
+        )
+    if not len(generated.ids) or len(generated.log_probs) != len(generated.ids):
+        raise RolloutError(
+            f"the response to prompt {row.record.prompt_id!r} has {len(generated.ids)} tokens and "
+            f"{len(generated.log_probs)} log-probs."
+        )
+    ids = np.concatenate([row.record.ids, generated.ids]).astype(np.int32)
+    return TokenSequence(ids, response_start=len(row.record.ids))
+
+
+def _samples(group: _Group, weights_version: int) -> Iterator[tuple[int, Sample]]:
+    answers = zip(group.rows, group.scores.result(), group.log_probs.result(), strict=True)
+    for (row, generated, sequence), score, log_probs in answers:
+        if not math.isfinite(score) or not np.isfinite(log_probs).all():
+            raise RolloutError(
+                f"the response to prompt {row.record.prompt_id!r} got a score or log-prob that is "
+                "not finite."
+            )
+        if len(log_probs) != sequence.response_length:
+            raise RolloutError(
+                f"the reference service sent {len(log_probs)} log-probs for the "
+                f"{sequence.response_length} tokens "
+                f"of the response to prompt {row.record.prompt_id!r}."
+            )
+        yield (
+            row.index,
+            Sample(
+                record=row.record,
+                sequence=sequence,
+                behaviour_log_probs=generated.log_probs,
+                reference_log_probs=log_probs,
+                score=score,
+                is_stopped=generated.finish_reason == "stop",
+                weights_version=weights_version,
+            ),
+        )

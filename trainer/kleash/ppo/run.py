@@ -1,0 +1,55 @@
+"""``kleash ppo`` as a process: connects the services, hosts the trainer's own, obeys signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+
+from kleash.base.progress import Progress
+from kleash.ppo.config import PPOConfig
+from kleash.ppo.control import Control, RunState
+from kleash.ppo.report import PPOReport
+from kleash.ppo.service import TrainerService
+from kleash.ppo.services import connect
+from kleash.ppo.train import train
+from kleash.rpc.server import BackgroundServer
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: PPOConfig, progress: Progress) -> PPOReport:
+    """Train against the services at ``config.services``; returns when the run is over or was
+    stopped."""
+    control = Control()
+    with BackgroundServer([TrainerService(control)], config.server) as server:
+        logger.info("trainer service at %s", server.address)
+        try:
+            with connect(config.services) as services, _signals_stop(control):
+                return train(config, services, control=control, progress=progress)
+        except BaseException as error:
+            control.end(RunState.FAILED, str(error) or type(error).__name__)
+            raise
+
+
+@contextlib.contextmanager
+def _signals_stop(control: Control) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the run with a checkpoint; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: object) -> None:
+        control.stop(abandon_rollout=True)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        logger.info("%s: ending the run with a checkpoint", signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,151 @@
+"""The files of a run beside its checkpoints, and the lock that keeps a second trainer out.
+
+OUT/run.json        id of the run, and the fence: how often a trainer started on it
+OUT/config.json     the resolved configuration
+OUT/metrics.jsonl   a line a step and a line an evaluation
+OUT/trainer.lock    held by the living trainer; the kernel lets go of it whatever way that ends
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kleash.base.config import save_config
+from kleash.base.errors import ConfigError
+from kleash.ppo.config import PPOConfig
+
+LOCK_NAME = "trainer.lock"
+
+
+class RunFolder:
+    """A locked run folder; made by ``open_run_folder``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_id = ""
+        self.fence = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy"
+
+    def holds_a_run(self) -> bool:
+        """Whether a trainer has been here."""
+        return any(
+            (self.path / name).exists()
+            for name in ("run.json", "metrics.jsonl", "checkpoints", "policy")
+        )
+
+    def begin(self, config: PPOConfig, seen_fence: int) -> None:
+        """A trainer starts: save the configuration and raise the fence above every one before.
+
+        ``seen_fence`` is the highest that a policy replica knows: a new trainer always takes over,
+        and one that was believed dead is refused when it publishes.
+        """
+        path = self.path / "run.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.run_id = known.get("run_id") or f"{self.path.resolve().name}-{secrets.token_hex(4)}"
+        self.fence = max(known.get("fence", 0), seen_fence) + 1
+        write_whole(path, json.dumps({"run_id": self.run_id, "fence": self.fence}) + "\n")
+        partial = self.path / ".config.json.partial"
+        save_config(config, partial)
+        partial.replace(self.path / "config.json")
+
+    # ------------------------------------------------------------------------------- metrics.jsonl
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every complete line; a last one that was cut by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add a line that survives a crash of the machine."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut_back(self, step: int) -> None:
+        """Forget what came after ``step``: those steps will be done again. -1 forgets
+        everything."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        if rows or (self.path / "metrics.jsonl").exists():
+            write_whole(
+                self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+            )
+        for path in self.evaluations.glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """Create the folder if need be and lock it; a start that wrote nothing leaves nothing behind.
+
+    Raises ConfigError when another trainer lives there, or when there is a run and ``resume`` is
+    off.
+    """
+    existed = path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path)
+    try:
+        folder = RunFolder(path)
+        if folder.holds_a_run() and not resume:
+            raise ConfigError(
+                f"{path} holds a run already; go on with it with --resume, or choose another --out."
+            )
+        yield folder
+    finally:
+        if not existed and [entry.name for entry in path.iterdir()] == [LOCK_NAME]:
+            (path / LOCK_NAME).unlink()
+            path.rmdir()
+        os.close(lock)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file's content at once, so that no reader ever sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _lock(path: Path) -> int:
+    """An open descriptor that holds the lock until it is closed."""
+    while True:
+        descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ConfigError(
+                f"a trainer works in {path} already ({holder}); stop it, or choose another --out."
+            ) from None
+        # The holder before may have removed the file between our open and our lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == os.stat(path / LOCK_NAME).st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        os.close(descriptor)
+        path.mkdir(parents=True, exist_ok=True)

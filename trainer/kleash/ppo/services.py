@@ -1,0 +1,208 @@
+"""The services that a trainer works with: clients or in-process objects with the same methods.
+
+``connect`` opens the clients and waits; ``shake_hands`` proves that the services fit the run before
+anything is computed: same tokenizer, the right reference, room for the longest sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from kleash.base.errors import ConfigError
+from kleash.client.policy import PolicyClient
+from kleash.client.reference import ReferenceClient
+from kleash.client.reward import RewardClient, Score
+from kleash.client.types import GeneratedSequence, Prompt, Sampling, Tokens
+from kleash.client.weights import WeightsClient
+from kleash.policy.v1 import policy_pb2
+from kleash.ppo.config import PPOConfig, ServicesConfig
+from kleash.ppo.patience import Patience
+from kleash.reference.v1 import reference_pb2
+from kleash.reward.v1 import reward_pb2
+from kleash.rpc.errors import ServiceError, Unavailable
+from kleash.weights.v1 import weights_pb2
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Policy(Protocol):
+    """PolicyClient or LocalPolicy."""
+
+    def get_policy(self) -> policy_pb2.GetPolicyResponse: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        min_weights_version: int = 0,
+        tokenizer_sha256: str = "",
+    ) -> Iterator[GeneratedSequence]: ...
+
+
+class Weights(Protocol):
+    """WeightsClient or LocalWeights."""
+
+    def get_weights(self) -> weights_pb2.GetWeightsResponse: ...
+
+    def publish(
+        self, manifest: weights_pb2.Manifest, chunks: Iterable[weights_pb2.Chunk]
+    ) -> weights_pb2.PublishResponse: ...
+
+
+class Reward(Protocol):
+    """RewardClient or LocalReward."""
+
+    def get_model(self) -> reward_pb2.GetModelResponse: ...
+
+    def score_tokens(
+        self,
+        sequences: Sequence[Tokens],
+        *,
+        tokenizer_sha256: str,
+        normalize: bool = True,
+        isolate: bool = False,
+    ) -> list[Score]: ...
+
+
+class Reference(Protocol):
+    """ReferenceClient or LocalReference."""
+
+    def get_model(self) -> reference_pb2.GetModelResponse: ...
+
+    def log_probs(
+        self,
+        sequences: Sequence[Tokens],
+        *,
+        temperature: float,
+        tokenizer_sha256: str,
+        isolate: bool = False,
+    ) -> list[np.ndarray]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Services:
+    """Everything outside of the trainer. ``policies[i]`` and ``weights[i]`` are one replica."""
+
+    policies: Sequence[Policy]
+    weights: Sequence[Weights]
+    reward: Reward
+    reference: Reference
+
+
+@contextlib.contextmanager
+def connect(config: ServicesConfig) -> Iterator[Services]:
+    """Open the clients, wait until every service answers, and close them at the end.
+
+    Raises Unavailable that names the service, its address and how to start it.
+    """
+    with contextlib.ExitStack() as stack:
+        policies = [
+            stack.enter_context(
+                contextlib.closing(PolicyClient(address, timeout_s=config.generate_timeout_s))
+            )
+            for address in config.policy
+        ]
+        weights = [
+            stack.enter_context(contextlib.closing(WeightsClient(address)))
+            for address in config.policy
+        ]
+        reward = stack.enter_context(
+            contextlib.closing(RewardClient(config.reward, timeout_s=config.score_timeout_s))
+        )
+        reference = stack.enter_context(
+            contextlib.closing(ReferenceClient(config.reference, timeout_s=config.score_timeout_s))
+        )
+        for address, policy in zip(config.policy, policies, strict=True):
+            wait_for("policy", address, policy.get_policy, config.wait_s)
+        wait_for("reward", config.reward, reward.get_model, config.wait_s)
+        wait_for("reference", config.reference, reference.get_model, config.wait_s)
+        yield Services(policies, weights, reward, reference)
+
+
+def wait_for(name: str, address: str, ask: Callable[[], T], wait_s: float) -> T:
+    """Ask until the service answers."""
+    patience = Patience(wait_s)
+    logger.info("waiting for the %s service at %s", name, address)
+    while True:
+        try:
+            return ask()
+        except ServiceError as error:
+            if not isinstance(error, Unavailable):
+                raise
+            try:
+                patience.wait_after(error)
+            except Unavailable:
+                port = address.rpartition(":")[2]
+                raise Unavailable(
+                    f"the {name} service at {address} did not answer within {wait_s:g} s "
+                    f"({error.message.rstrip('.')}); "
+                    f"start it with: kleash serve {name} --model=FOLDER --server.port={port}, "
+                    f"or correct --services.{name}."
+                ) from None
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """What the services said about themselves."""
+
+    reward_revision: str
+    reference_revision: str
+    fence: int
+    """Highest fence that a policy replica has seen."""
+
+
+def shake_hands(
+    services: Services,
+    config: PPOConfig,
+    *,
+    tokenizer_sha256: str,
+    reference_digest: Callable[[str], str],
+) -> Handshake:
+    """Check that the services fit the run.
+
+    Args:
+        tokenizer_sha256: digest of the SFT checkpoint's tokenizer.
+        reference_digest: digest of the SFT checkpoint's weights in a data type.
+
+    Raises ConfigError with what was seen and the remedy.
+    """
+    reward, reference = services.reward.get_model(), services.reference.get_model()
+    told: list[tuple[str, Any]] = [("reward", reward), ("reference", reference)]
+    for replica, policy in enumerate(services.policies):
+        name = "policy" if len(services.policies) == 1 else f"policy (replica {replica})"
+        told.append((name, policy.get_policy()))
+    for name, answer in told:
+        if answer.tokenizer_sha256 != tokenizer_sha256:
+            raise ConfigError(
+                f"the {name} service has another tokenizer ({answer.tokenizer_sha256[:12]}) than "
+                f"{config.model} "
+                f"({tokenizer_sha256[:12]}); serve a model that was trained from this SFT "
+                "checkpoint."
+            )
+        if answer.limits.max_item_tokens < config.max_sequence_tokens:
+            raise ConfigError(
+                f"the {name} service takes sequences of {answer.limits.max_item_tokens} tokens, "
+                "but max_prompt_tokens "
+                f"{config.max_prompt_tokens} plus sampling.max_new_tokens "
+                f"{config.sampling.max_new_tokens} is "
+                f"{config.max_sequence_tokens}; lower these or raise the service's limit."
+            )
+    frozen = reference_digest(reference.dtype)
+    if reference.model.revision != frozen:
+        raise ConfigError(
+            f"the reference service serves {reference.model.name} ({reference.model.revision}), "
+            "which is not the SFT "
+            f"checkpoint {config.model} ({frozen}); KL must be measured from the policy's start: "
+            "serve that folder."
+        )
+    fences = [weights.get_weights().fence for weights in services.weights]
+    return Handshake(reward.model.revision, reference.model.revision, max(fences))

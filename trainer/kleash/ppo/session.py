@@ -1,0 +1,323 @@
+"""A run while it lives: its models, services, data and files, put together before the first step.
+
+train.py holds the method; this module holds what it stands on: loading, checking, recording,
+saving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kleash.base.errors import ConfigError, ModelError
+from kleash.data.demonstrations import load_demonstrations
+from kleash.data.jsonl import Loaded
+from kleash.data.prompts import PromptRecord, load_prompts
+from kleash.lm.digest import model_digest, tokenizer_sha256
+from kleash.lm.heads import ValueModel
+from kleash.lm.lineage import describe_lineage
+from kleash.lm.load import load_causal_lm, load_tokenizer, max_positions
+from kleash.lm.sequences import TokenSequence
+from kleash.ppo import checkpoint as checkpoints
+from kleash.ppo.checkpoint import Checkpoint, RunPosition
+from kleash.ppo.config import PPOConfig
+from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
+from kleash.ppo.evaluation import Evaluator, load_judge
+from kleash.ppo.learner import Learner
+from kleash.ppo.patience import Patience
+from kleash.ppo.publish import Publisher, PublishReport
+from kleash.ppo.randomness import draw
+from kleash.ppo.rollout import Collector
+from kleash.ppo.run_folder import RunFolder, open_run_folder
+from kleash.ppo.services import Services, shake_hands
+from kleash.ppo.telemetry import export
+from kleash.rpc.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Session:
+    """A run with its lock held. ``position`` is the only part that changes beside the models."""
+
+    config: PPOConfig
+    services: Services
+    control: Control
+    folder: RunFolder
+    tokenizer: Any
+    prompts: Sequence[PromptRecord]
+    learner: Learner
+    publisher: Publisher
+    collector: Collector
+    evaluator: Evaluator | None
+    digests: dict[str, str]
+    position: RunPosition
+    saved_step: int
+    """Step of the newest checkpoint; 0 without one."""
+
+    # --------------------------------------------------------------------------------- the loop's
+
+    def draw_prompts(self) -> list[PromptRecord]:
+        """The prompts of the next step: a fresh permutation every epoch."""
+        indices = draw(
+            len(self.prompts),
+            seed=self.config.seed,
+            purpose="prompts",
+            position=self.position.prompt_position,
+            count=self.config.batch_size,
+        )
+        return [self.prompts[index] for index in indices]
+
+    def publish(self, version: int) -> PublishReport | None:
+        """Give the policy to every replica; None when the run is to stop and a replica is away."""
+        patience = Patience(self.config.services.wait_s, self.control.is_abandoned)
+        while True:
+            try:
+                return self.publisher.publish(self.learner.policy, version)
+            except Unavailable as error:
+                if self.control.is_abandoned():
+                    # The next start publishes in any case; the step is worth keeping.
+                    logger.warning("version %d was not published: %s", version, error)
+                    return None
+                patience.wait_after(error)
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """A step is done: keep its figures and move on."""
+        self.folder.append_metrics(metrics)
+        export(metrics)
+        self.position = replace(
+            self.position,
+            step=int(metrics["step"]),
+            weights_version=int(metrics["weights_version"]),
+            prompt_position=self.position.prompt_position + self.config.batch_size,
+        )
+
+    def evaluate_if_due(self) -> dict[str, float]:
+        """Evaluate before the first step, every evaluation.every steps and after the last; once
+        each."""
+        step = self.position.step
+        is_due = step % self.config.evaluation.every == 0 or step == self.config.total_steps
+        if self.evaluator is None or not is_due or self._was_evaluated(step):
+            return {}
+        figures = self.evaluator.evaluate(
+            self.collector,
+            step=step,
+            weights_version=self.position.weights_version,
+            folder=self.folder.evaluations,
+        )
+        self.folder.append_metrics({"step": step, **figures})
+        return figures
+
+    def save(self) -> SavedCheckpoint:
+        """Write a checkpoint of the present step."""
+        path = checkpoints.save(
+            self.folder.checkpoints,
+            self.learner,
+            self.tokenizer,
+            self.config,
+            position=self.position,
+            run_id=self.folder.run_id,
+            fence=self.folder.fence,
+            digests=self.digests,
+            lineage=self.lineage(),
+        )
+        self.saved_step = self.position.step
+        self.control.checkpoint_saved(self.position.step)
+        logger.info("checkpoint %s", path)
+        return SavedCheckpoint(path, self.position.step)
+
+    def lineage(self) -> dict[str, Any]:
+        """``kleash.json`` of the policy as it is now."""
+        described = describe_lineage(
+            "ppo",
+            self.config,
+            parent=self.config.model,
+            parent_digest=self.digests["sft_checkpoint"],
+            digest=model_digest(self.learner.policy),
+            data_sha256=self.digests["prompts"],
+        )
+        return described | {
+            "run_id": self.folder.run_id,
+            "step": self.position.step,
+            "reward_model_digest": self.digests["reward_model"],
+        }
+
+    def _was_evaluated(self, step: int) -> bool:
+        path = self.folder.evaluations / f"step-{step:06d}.jsonl"
+        return path.exists() and any(
+            row["step"] == step and "evaluation/score_mean" in row
+            for row in self.folder.read_metrics()
+        )
+
+
+@contextlib.contextmanager
+def open_session(config: PPOConfig, services: Services, control: Control) -> Iterator[Session]:
+    """Lock the run folder, load and check everything, go back to the newest checkpoint if there is
+    one.
+
+    Raises UserError, with nothing written, when something does not fit.
+    """
+    with open_run_folder(config.out, resume=config.resume) as folder:
+        tokenizer = load_tokenizer(
+            config.model, pad_token=config.pad_token, chat_template=config.chat_template
+        )
+        policy = load_causal_lm(config.model, device=config.device)
+        _check_size(config, policy, tokenizer)
+        prompts = load_prompts(
+            config.prompts, tokenizer, max_tokens=config.max_prompt_tokens, skip_bad=config.skip_bad
+        )
+        evaluator = _evaluator(config, tokenizer)
+        tokenizer_digest = tokenizer_sha256(tokenizer)
+        hands = shake_hands(
+            services,
+            config,
+            tokenizer_sha256=tokenizer_digest,
+            reference_digest=lambda dtype: model_digest(load_causal_lm(config.model, dtype=dtype)),  # pyright: ignore[reportArgumentType]
+        )
+        digests = {
+            "sft_checkpoint": model_digest(load_causal_lm(config.model, dtype="auto")),
+            "tokenizer": tokenizer_digest,
+            "reward_model": hands.reward_revision,
+            "prompts": prompts.sha256,
+        }
+        pretraining = _pretraining(config, tokenizer)
+        if pretraining is not None:
+            digests["pretraining_data"] = pretraining.sha256
+        saved = checkpoints.newest(folder.checkpoints)
+        if saved is not None:
+            saved.check_config(config)
+            saved.check_digests(digests)
+            policy = load_causal_lm(saved.path / "policy", device=config.device)
+        learner = Learner(policy, _value_model(config), config, pretraining or ())
+        if saved is not None:
+            saved.load_into(learner)
+        _go_back(folder, saved)
+        folder.begin(config, max(hands.fence, saved.fence if saved else 0))
+        collector = Collector(
+            services,
+            config,
+            tokenizer_sha256=tokenizer_digest,
+            reward_revision=hands.reward_revision,
+            republish=_republisher(services, folder, learner),
+            is_abandoned=control.is_abandoned,
+        )
+        session = Session(
+            config=config,
+            services=services,
+            control=control,
+            folder=folder,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            learner=learner,
+            publisher=Publisher(services.weights, folder.run_id, folder.fence),
+            collector=collector,
+            evaluator=evaluator,
+            digests=digests,
+            position=saved.position if saved else RunPosition(),
+            saved_step=saved.position.step if saved else 0,
+        )
+        _introduce(session)
+        yield session
+
+
+def _check_size(config: PPOConfig, policy: Any, tokenizer: Any) -> None:
+    if config.max_sequence_tokens > max_positions(policy):
+        raise ConfigError(
+            f"max_prompt_tokens {config.max_prompt_tokens} plus sampling.max_new_tokens "
+            f"{config.sampling.max_new_tokens} "
+            f"is {config.max_sequence_tokens}, but the model in {config.model} takes "
+            f"{max_positions(policy)} tokens; "
+            "lower one of them."
+        )
+    num_embeddings = policy.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_embeddings:
+        raise ModelError(
+            f"the tokenizer in {config.model} has {len(tokenizer)} tokens and the model "
+            f"{num_embeddings}; "
+            "name a pad token that is in the vocabulary, or let kleash sft make room for it."
+        )
+
+
+def _evaluator(config: PPOConfig, tokenizer: Any) -> Evaluator | None:
+    if config.evaluation.prompts is None:
+        return None
+    prompts = load_prompts(
+        config.evaluation.prompts,
+        tokenizer,
+        max_tokens=config.max_prompt_tokens,
+        skip_bad=config.skip_bad,
+    )
+    judge = load_judge(config.evaluation.judge) if config.evaluation.judge else None
+    return Evaluator(prompts[: config.evaluation.num_prompts], tokenizer, config.seed, judge)
+
+
+def _value_model(config: PPOConfig) -> ValueModel:
+    if config.value.init == "reward_model":
+        assert config.reward_model is not None
+        return ValueModel.from_reward_model(config.reward_model, device=config.device)
+    causal = load_causal_lm(config.model, device=config.device)
+    backbone = getattr(causal, causal.base_model_prefix)
+    head = torch.nn.Linear(causal.config.hidden_size, 1, device=config.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return ValueModel(backbone, head)
+
+
+def _pretraining(config: PPOConfig, tokenizer: Any) -> Loaded[TokenSequence] | None:
+    if config.ptx.data is None:
+        return None
+    return load_demonstrations(
+        config.ptx.data, tokenizer, max_tokens=config.max_sequence_tokens, skip_bad=config.skip_bad
+    )
+
+
+def _go_back(folder: RunFolder, saved: Checkpoint | None) -> None:
+    if not folder.holds_a_run():
+        return
+    if saved is None:
+        logger.warning(
+            "%s has no complete checkpoint; the run starts from its beginning", folder.path
+        )
+    else:
+        logger.info("going on from %s", saved.path)
+    folder.cut_back(saved.position.step if saved else -1)
+
+
+def _republisher(services: Services, folder: RunFolder, learner: Learner) -> Any:
+    """A function that gives one replica the trainer's weights, unless it has them."""
+
+    def republish(replica: int, version: int) -> None:
+        weights = services.weights[replica]
+        served = weights.get_weights()
+        if (served.run_id, served.fence, served.version) != (folder.run_id, folder.fence, version):
+            logger.warning(
+                "policy replica %d lost its weights; publishing version %d to it again",
+                replica,
+                version,
+            )
+            Publisher([weights], folder.run_id, folder.fence).publish(learner.policy, version)
+
+    return republish
+
+
+def _introduce(session: Session) -> None:
+    """Tell Control what the run is, and the steps that a checkpoint brought back."""
+    rows = session.folder.read_metrics()
+    evaluations = {row["step"]: row for row in rows if "step_s" not in row}
+    session.control.begin(
+        Snapshot(
+            run_id=session.folder.run_id,
+            state=RunState.STARTING,
+            step=session.position.step,
+            total_steps=session.config.total_steps,
+            weights_version=session.position.weights_version,
+            checkpoint_step=session.saved_step,
+            config_json=session.config.model_dump_json(),
+        ),
+        [evaluations.get(row["step"], {}) | row for row in rows if "step_s" in row],
+    )
