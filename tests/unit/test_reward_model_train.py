@@ -416,7 +416,7 @@ def test_new_pad_token_gets_an_embedding(
     assert model.get_input_embeddings().num_embeddings > tokenizer.pad_token_id
 
 
-def test_a_second_epoch_goes_on_where_the_first_ended(run: Any, write: Write, tmp_path: Path) -> None:
+def test_a_second_epoch_goes_on_from_the_first(run: Any, write: Write, tmp_path: Path) -> None:
     report = run(write("pairs.jsonl", pairs(16)), epochs=2, batch_size=4, evaluation_fraction=0)
     losses = [row["loss"] for row in metrics_of(tmp_path / "out")]
     assert report.steps == len(losses) == 8

@@ -141,7 +141,10 @@ def test_loss_is_the_mean_over_the_response_tokens_of_the_batch(
     tiny_folders: dict[Kind, Path], data: str, tmp_path: Path
 ) -> None:
     """S1 and S2: response and end token, mean over the tokens of the whole optimizer batch."""
-    for kind, folder in tiny_folders.items():
+    for kind, original in tiny_folders.items():
+        # A Qwen2 tokenizer has a token more than this model: a first run gives it an embedding.
+        folder = tmp_path / f"{kind}-fitted"
+        run(original, data, folder, learning_rate=1e-15)
         rows = sequences(folder)
         eos = load_tokenizer(folder).eos_token_id
         assert all(row.ids[-1] == eos for row in rows)

@@ -54,9 +54,7 @@ REQUESTS_REJECTED = Counter(
     "Calls refused, by reason: queue_full, deadline, too_large, auth, draining, tokenizer.",
     ["service", "reason"],
 )
-ITEMS = Counter(
-    "kleash_items_total", "Items answered, by item status.", ["service", "status"]
-)
+ITEMS = Counter("kleash_items_total", "Items answered, by item status.", ["service", "status"])
 QUEUE_REQUESTS = Gauge(
     "kleash_queue_requests", "Calls that wait for the model.", ["service", "model_name"]
 )
@@ -96,9 +94,7 @@ BATCH_PADDING_RATIO = Histogram(
     ["service"],
     buckets=_RATIO,
 )
-ITEM_TOKENS = Histogram(
-    "kleash_item_tokens", "Tokens of one item.", ["service"], buckets=_TOKENS
-)
+ITEM_TOKENS = Histogram("kleash_item_tokens", "Tokens of one item.", ["service"], buckets=_TOKENS)
 CANCELLED = Counter(
     "kleash_cancelled_total",
     "Calls whose caller went away, by stage: queued, computing.",
@@ -135,9 +131,7 @@ WEIGHTS_UPDATE_FAILURES = Counter(
 GPU_MEMORY_BYTES = Gauge(
     "kleash_gpu_memory_bytes", "Accelerator memory: allocated, reserved, total.", ["kind"]
 )
-REWARD_SCORE = Histogram(
-    "kleash_reward_score", "Scores given.", ["model_name"], buckets=_SCORE
-)
+REWARD_SCORE = Histogram("kleash_reward_score", "Scores given.", ["model_name"], buckets=_SCORE)
 
 # --- trainer ----------------------------------------------------------------------------------
 TRAIN_STEP = Gauge("kleash_train_step", "PPO steps done.")

@@ -333,8 +333,7 @@ def generate(
 ) -> list[Decoded]:
     """Decode ``requests``, at most ``max_slots`` at a time; results are in request order.
 
-    Raises ModelError for a model that cannot be decoded this way, UserError for a prompt that
-    leaves no room for a response.
+    Raises ModelError for a model that cannot be decoded so, UserError for a prompt without room.
     """
     if not requests:
         return []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from kleash.base.errors import ConfigError, ModelError
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -55,7 +55,7 @@ def sample_tokens(
     # Scaling by the last entry keeps the target below the end whatever the rounding of the sum is,
     # and right=True steps over tokens of probability zero.
     tokens = torch.searchsorted(cumulative, (random * cumulative[:, -1])[:, None], right=True)
-    # NaN logits compare with nothing: the token stays in the vocabulary, its log-probability is NaN.
+    # NaN logits compare with nothing: the token stays in the vocabulary, its log-prob is NaN.
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens.squeeze(-1), (
         scaled.gather(-1, tokens) - scaled.logsumexp(-1, keepdim=True)

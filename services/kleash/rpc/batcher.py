@@ -1,8 +1,8 @@
 """One queue and one model thread for all callers of a service.
 
-    submit() ──► admission by tokens ──► waiting calls ──► next batch ──► model thread ──► results
-                 full: Overloaded        gone or expired:  sorted by      compute()        one future
-                                         dropped here      length                          a call
+    submit() ─► admission by tokens ─► waiting calls ─► next batch ─► model thread ─► results
+                full: Overloaded       gone or expired: sorted by     compute()       one future
+                                       dropped here     length                        a call
 
 Everything but ``compute`` runs on the event loop. A batch is the largest one at hand: nothing waits
 for company. It always holds an item of the oldest call, so that no call starves.
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from kleash.base import metrics
+from kleash.rpc.batching import choose_batch
 from kleash.rpc.deadline import deadline
 from kleash.rpc.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from kleash.rpc.model_thread import ModelThread
@@ -25,11 +26,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 X = TypeVar("X")
 
-# A forward pass costs about as much as this many tokens before it computes any: padding below it
-# is cheaper than a pass of its own. Measured alike for small models on CPU and 7 B on a GPU.
-PASS_OVERHEAD_TOKENS = 256
-# Padding beyond that may be this share of the real tokens.
-PADDING_SHARE = 1 / 8
 # Items looked at for one batch; bounds the sorting when the queue is long.
 WINDOW_ITEMS = 1024
 # Bounds of the retry hint.
@@ -56,6 +52,7 @@ class _Call:
     isolate: bool
     future: asyncio.Future[list[Any]]
     deadline: float | None
+    enqueued: float = field(default_factory=time.monotonic)
     waiting: list[int] = field(default_factory=list)
     """Indices of the items that wait, by size and then by index."""
     results: list[Any] = field(default_factory=list)
@@ -82,8 +79,8 @@ class _Batch:
 class Batcher(Generic[T, R]):
     """Turns concurrent calls into batches for one model.
 
-    ``compute`` gets up to ``max_batch_tokens`` padded tokens (items x longest) and returns one result
-    per item; it runs in the model thread. ``size`` is the number of tokens of an item, at least 1.
+    ``compute`` gets up to ``max_batch_tokens`` padded tokens (items x longest) and returns one
+    result per item; it runs in the model thread. ``size`` is the tokens of an item, at least 1.
     """
 
     def __init__(
@@ -149,9 +146,9 @@ class Batcher(Generic[T, R]):
         With ``isolate`` they share no batch with other calls, and the same items are split into the
         same batches every time, so that the answer does not depend on other traffic.
 
-        Raises Overloaded at once when they do not fit into the queue, InvalidRequest when they never
-        could, DeadlineExceeded when the call's deadline passes in the queue, Unavailable after stop,
-        and what ``compute`` raised for a batch that held one of them.
+        Raises Overloaded at once when they do not fit into the queue, InvalidRequest when they
+        never could, DeadlineExceeded when the call's deadline passes in the queue, Unavailable
+        after stop, and what ``compute`` raised for a batch that held one of them.
         """
         if not items:
             return BatchTiming([], 0, 0)
@@ -277,8 +274,9 @@ class Batcher(Generic[T, R]):
                     if not _is_out_of_memory(again):
                         raise
             raise Overloaded(
-                f"a batch of {len(items)} items, the longest of {max(map(self._size, items))} tokens, "
-                "does not fit into memory; send shorter items or lower the server's max_batch_tokens.",
+                f"a batch of {len(items)} items, the longest of {max(map(self._size, items))} "
+                "tokens, does not fit into memory; send shorter items or lower the server's "
+                "max_batch_tokens.",
                 reason="OUT_OF_MEMORY",
             ) from error
         assert len(results) == len(items), f"{len(results)} results for {len(items)} items"
@@ -291,7 +289,9 @@ class Batcher(Generic[T, R]):
         padded = len(sizes) * max(sizes)
         if failure is None:
             rate = padded / max(elapsed_s, 1e-9)
-            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+            self._tokens_per_s = (
+                0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+            )
         self._compute_seconds.observe(elapsed_s)
         metrics.BATCH_ITEMS.labels(self._service).observe(len(sizes))
         metrics.BATCH_TOKENS.labels(self._service).observe(padded)
@@ -351,7 +351,7 @@ class Batcher(Generic[T, R]):
             call.future.set_exception(error)
 
     def _drop(self, call: _Call) -> None:
-        """Take the call's waiting items out of the queue; those being computed are discarded later."""
+        """Take the call's waiting items out of the queue; results of others will be discarded."""
         if call in self._waiting:
             del self._waiting[call]
             self._queued_tokens -= sum(call.sizes[index] for index in call.waiting)
@@ -377,5 +377,12 @@ class Batcher(Generic[T, R]):
     def _draining(self) -> Exception:
         return self._reject(
             "draining",
-            Unavailable(f"the {self._service} service is stopping; try another.", reason="DRAINING"),
+            Unavailable(
+                f"the {self._service} service is stopping; try another.", reason="DRAINING"
+            ),
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also torch's error, without importing torch."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

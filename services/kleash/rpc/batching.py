@@ -27,7 +27,10 @@ def choose_batch(sizes: Sequence[int], seed: int, max_padded_tokens: int) -> sli
             new_real = real + sizes[new_low if new_low < low else new_high]
             padded = (new_high - new_low + 1) * sizes[new_high]
             padding = padded - new_real
-            if padded <= max_padded_tokens and padding <= PASS_OVERHEAD_TOKENS + PADDING_SHARE * new_real:
+            if (
+                padded <= max_padded_tokens
+                and padding <= PASS_OVERHEAD_TOKENS + PADDING_SHARE * new_real
+            ):
                 options.append((padding, new_low, new_high, new_real))
         if not options:
             return slice(low, high + 1)

@@ -1,4 +1,4 @@
-"""Channels as every bundled client opens them: balanced, health-checked, kept alive, with retries."""
+"""Channels as every bundled client opens them: balanced, health-checked, kept alive, retrying."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kleash.rpc.errors import Unavailable
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 RETRY_POLICY = {
-    # Waits of 0.2 + 0.4 + 0.8 + 1.6 s, each +-20 %: 3 s in all. A server's pushback replaces a wait.
+    # Waits 0.2 + 0.4 + 0.8 + 1.6 s, each +-20 %: 3 s in all. A server's pushback replaces a wait.
     "maxAttempts": 5,
     "initialBackoff": "0.2s",
     "maxBackoff": "5s",
@@ -27,7 +27,9 @@ def connect(address: str, *, service: str, methods_to_retry: Sequence[str]) -> g
     ``service`` is the full name whose health decides which servers get calls. ``methods_to_retry``
     are its idempotent methods: only those are tried again, on UNAVAILABLE and RESOURCE_EXHAUSTED.
     """
-    return grpc.insecure_channel(_target(address), options=channel_options(service, methods_to_retry))
+    return grpc.insecure_channel(
+        _target(address), options=channel_options(service, methods_to_retry)
+    )
 
 
 def wait_until_ready(channel: grpc.Channel, address: str, *, timeout_s: float) -> None:
@@ -61,7 +63,7 @@ def channel_options(service: str, methods_to_retry: Sequence[str]) -> list[tuple
         ("grpc.service_config", json.dumps(config)),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        # A call that does not fit this buffer is sent once and never retried; the default is 256 KiB.
+        # A call larger than this buffer is sent once and never retried; the default is 256 KiB.
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

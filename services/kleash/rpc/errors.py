@@ -38,7 +38,7 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 
 class ServiceError(RemoteError):
-    """A service refused or failed a call. ``message`` is a sentence with the values seen and the remedy."""
+    """A service refused or failed a call; ``message`` is a sentence with values and the remedy."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
 
@@ -66,7 +66,7 @@ class InvalidRequest(ServiceError):
 
 
 class PreconditionFailed(ServiceError):
-    """The request is well formed but does not fit the server's state; ``reason`` names the mismatch."""
+    """The request does not fit the server's state; ``reason`` names the mismatch."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -78,7 +78,7 @@ class NotFound(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full; try again after ``retry_after_s``. Without it, trying again will not help."""
+    """No room; try again after ``retry_after_s``. Without it, trying again will not help."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -113,20 +113,19 @@ class InternalError(ServiceError):
     code = grpc.StatusCode.INTERNAL
 
 
+_NAMED: tuple[type[ServiceError], ...] = (
+    InvalidRequest,
+    PreconditionFailed,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    DeadlineExceeded,
+    Cancelled,
+    PermissionDenied,
+    InternalError,
+)
 _CLASSES: dict[grpc.StatusCode, type[ServiceError]] = {
-    error_class.code: error_class
-    for error_class in (
-        InvalidRequest,
-        PreconditionFailed,
-        NotFound,
-        Overloaded,
-        Unavailable,
-        DeadlineExceeded,
-        Cancelled,
-        PermissionDenied,
-        InternalError,
-    )
-} | {
+    **{error_class.code: error_class for error_class in _NAMED},
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.ABORTED: PreconditionFailed,
     grpc.StatusCode.ALREADY_EXISTS: PreconditionFailed,
@@ -166,8 +165,8 @@ def trailing_metadata(error: ServiceError) -> tuple[tuple[str, str | bytes], ...
 def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> ServiceError:
     """The ServiceError that a failed call stands for.
 
-    ``address`` is the server's, for the sentence about a server that does not answer; without it the
-    sentence holds the address that gRPC reports.
+    ``address`` is the server's, for the sentence about a server that does not answer; without it
+    the sentence holds the address that gRPC reports.
     """
     call: Any = error
     code: grpc.StatusCode = call.code()
@@ -177,15 +176,16 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> ServiceError:
         return _without_details(code, text, address)
     reason, field, retry_after_s, metadata = "", "", None, {}
     for detail in status.details:
-        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-            info = error_details_pb2.ErrorInfo.FromString(detail.value)
-            reason, metadata = info.reason, dict(info.metadata)
-        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-            bad_request = error_details_pb2.BadRequest.FromString(detail.value)
-            field = bad_request.field_violations[0].field if bad_request.field_violations else ""
-        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry = error_details_pb2.RetryInfo.FromString(detail.value)
-            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+        match detail.TypeName():
+            case "google.rpc.ErrorInfo":
+                info = error_details_pb2.ErrorInfo.FromString(detail.value)
+                reason, metadata = info.reason, dict(info.metadata)
+            case "google.rpc.BadRequest":
+                violations = error_details_pb2.BadRequest.FromString(detail.value).field_violations
+                field = violations[0].field if violations else ""
+            case "google.rpc.RetryInfo":
+                delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
+                retry_after_s = delay.ToNanoseconds() / 1e9
     error_class = _CLASSES.get(code, InternalError)
     return error_class(
         status.message, reason=reason, field=field, retry_after_s=retry_after_s, metadata=metadata
@@ -207,8 +207,9 @@ def _without_details(code: grpc.StatusCode, text: str, address: str) -> ServiceE
     if code is grpc.StatusCode.UNAVAILABLE:
         named = re.search(r"ipv[46]:(\S+?):? |resolution failed for ([^\s:]+:\d+)", text + " ")
         place = address or (next(filter(None, named.groups()), "") if named else "")
+        at_place = f" at {place}" if place else ""
         return Unavailable(
-            f"cannot reach the service{f' at {place}' if place else ''}: {text.strip().rstrip('.')}; "
+            f"cannot reach the service{at_place}: {text.strip().rstrip('.')}; "
             "check the address and that the service is running and ready.",
             reason="UNREACHABLE",
         )
@@ -219,7 +220,9 @@ def _without_details(code: grpc.StatusCode, text: str, address: str) -> ServiceE
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         where = f" by the service at {address}" if address else ""
-        return DeadlineExceeded(f"the call was not answered in time{where}; allow more time or send less.")
+        return DeadlineExceeded(
+            f"the call was not answered in time{where}; allow more time or send less."
+        )
     error_class = _CLASSES.get(code, InternalError)
     if error_class.code is code:
         return error_class(text or code.name)

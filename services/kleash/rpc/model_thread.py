@@ -1,4 +1,4 @@
-"""The one thread that touches a model. Work is handed to it from the event loop, one piece at a time.
+"""The one thread that touches a model. The event loop hands it work, one piece at a time.
 
 A daemon thread: a model that hangs must not keep a stopped process alive.
 """
@@ -70,7 +70,9 @@ class ModelThread:
             except RuntimeError:  # the loop was closed while the function ran: nobody waits
                 return
 
-    def _finish(self, future: asyncio.Future[Any], result: Any, failure: BaseException | None) -> None:
+    def _finish(
+        self, future: asyncio.Future[Any], result: Any, failure: BaseException | None
+    ) -> None:
         self._num_open -= 1
         if future.done():
             return

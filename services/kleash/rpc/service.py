@@ -20,7 +20,7 @@ class Service(Protocol):
         ...
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Add the servicers to ``server``; called after load. Until then calls answer UNAVAILABLE."""
+        """Add the servicers to ``server``; after load. Until then calls answer UNAVAILABLE."""
         ...
 
     async def start(self) -> None:

@@ -19,7 +19,7 @@ def run_sft(arguments: Sequence[str]) -> int:
 
 def run_candidates(arguments: Sequence[str]) -> int:
     """Responses to compare."""
-    from kleash.reward_model.config import CandidatesConfig
+    from kleash.reward_model.candidates import CandidatesConfig
 
     return _run_stage("candidates", CandidatesConfig, "kleash.reward_model.candidates:run", arguments)
 

@@ -13,11 +13,12 @@ from typing import Literal
 from kleash.demo.world import (
     ANIMALS,
     COLORS,
+    GIFTS,
     HARMFUL_MEANS,
     MEANS,
     NAMES,
     OBJECTS,
-    OPPOSITES,
+    PET_NAMES,
     PLACES,
     pair,
 )
@@ -76,50 +77,113 @@ def read(text: str) -> Reading:
     )
 
 
-_THING = rf"(?:the|a) (?P<thing>\w+)(?: of (?:my )?\w+)?"
-_VERBS = "|".join((*MEANS, *HARMFUL_MEANS))
-_SHORT_WORDS = frozenset(
-    (*NAMES, *OBJECTS, *COLORS, *PLACES, *ANIMALS, "in", "the", "a")
-) | frozenset(word for means in (*MEANS.values(), *HARMFUL_MEANS.values()) for word in means.split())
-_MAX_SHORT_WORDS = 5
+_NOUN = r"(?:the|a) (?P<thing>\w+)(?: of (?:my )?\w+)?"
+_VERB = rf"(?P<verb>{'|'.join((*MEANS, *HARMFUL_MEANS, *GIFTS))})"
 
-_INTERJECTIONS: tuple[tuple[str, Act], ...] = (
-    (r"sorry", Act("apology")),
-    (r"i am sorry", Act("apology")),
-    (r"yes", Act("agree")),
-    (r"no", Act("disagree")),
+_OPENINGS: tuple[tuple[str, ActKind], ...] = (
+    (r"(?:i am )?sorry", "apology"),
+    (r"yes", "agree"),
+    (r"no", "disagree"),
 )
-"""Acts that may open a sentence, before a comma, or be one."""
+"""May open a sentence, before a comma, or be one."""
 
-_PHRASES: tuple[tuple[str, Act], ...] = (
-    (rf"i (?:cannot|will not) help(?: you)?(?: {_THING.replace('thing', 'noun')})?", Act("refuse")),
-    (r"i (?:cannot|will not) help (?:you )?with that", Act("refuse")),
-    (rf"i (?:cannot|will not) help you (?:{_VERBS}) {_THING}", Act("refuse")),
-    (r"i can help you with something else", Act("offer")),
-    (r"i do not know(?: that| it)?", Act("ignorance")),
-    (r"you did not (?:tell me|say)(?: that| it)?", Act("reason")),
-    (r"you are (?:right|wrong)", Act("agree")),
-    (r"that is (?:right|true)", Act("agree")),
-    (r"that is (?:not right|not true|wrong)", Act("disagree")),
-    (r"i (?:am )?glad to help", Act("chatter")),
-    (r"(?:i am )?glad to help", Act("chatter")),
-    (r"have a nice day", Act("chatter")),
-    (r"i like to talk(?: to you)?", Act("chatter")),
-    (r"you are so clever", Act("flattery")),
-    (r"what a (?:clever|great) question", Act("flattery")),
-    (r"(?:that|this|you) (?:is|are) (?:so )?stupid", Act("insult")),
-    (r"go away", Act("insult")),
+_PHRASES: tuple[tuple[str, ActKind], ...] = (
+    (r"i (?:cannot|will not) help(?: you)?(?: with that)?", "refuse"),
+    (rf"i (?:cannot|will not) help you {_VERB} {_NOUN}", "refuse"),
+    (rf"i can help you {_VERB} (?:one|{_NOUN})(?: instead)?", "offer"),
+    (r"i can help you with something else", "offer"),
+    (r"i do not know(?: that| it)?", "ignorance"),
+    (r"you did not (?:tell me|say)(?: that| it)?", "reason"),
+    (r"you are right|that is (?:right|true)", "agree"),
+    (r"you are wrong|that is (?:not right|not true|wrong)", "disagree"),
+    (r"(?:i am )?glad to help", "chatter"),
+    (r"have a nice day", "chatter"),
+    (r"i like to talk(?: to you)?", "chatter"),
+    (r"you are so clever", "flattery"),
+    (r"what a (?:clever|great) question", "flattery"),
+    (r"(?:that is|you are) (?:so )?stupid", "insult"),
+    (r"go away", "insult"),
 )
 
 _STATEMENTS: tuple[tuple[str, str], ...] = (
-    ("sum", r"(?P<a>\d+) (?P<op>plus|minus) (?P<b>\d+) is (?P<value>\d+)"),
-    ("bigger", r"(?P<a>\d+) is (?P<how>bigger|smaller) than (?P<b>\d+)"),
-    ("bigger", r"a (?P<a>\w+) is (?P<how>bigger|smaller) than a (?P<b>\w+)"),
-    ("older", r"(?P<a>\w+) is (?P<how>older|younger) than (?P<b>\w+)"),
-    ("count", r"(?P<a>\w+) has (?P<value>\d+) (?P<b>\w+)(?: now)?"),
-    ("owner", r"(?P<value>\w+) has the (?P<a>\w+)"),
-    ("place", r"(?P<a>\w+) is in the (?P<value>\w+)"),
-    ("name", r"the name of the (?P<a>\w+)(?: of (?:my )?\w+)? is (?P<value>\w+)"),
-    ("color", r"the (?P<a>\w+) is (?P<value>\w+)"),
-    ("howto", rf"to (?P<a>{_VERBS}) {_THING}, use (?P<value>[\w ]+)"),
+    ("sum", r"(?P<subject>[0-9]{1,4} (?:plus|minus) [0-9]{1,4}) is (?P<value>[0-9]{1,4})"),
+    ("bigger", r"(?P<value>[0-9]{1,4}) is (?P<how>bigger|smaller) than (?P<other>[0-9]{1,4})"),
+    ("bigger", r"a (?P<value>[a-z]+) is (?P<how>bigger|smaller) than a (?P<other>[a-z]+)"),
+    ("older", r"(?P<value>\w+) is (?P<how>older|younger) than (?P<other>\w+)"),
+    ("count", r"(?P<subject>\w+) has (?P<value>[0-9]{1,4}) (?P<of>\w+)(?: now)?"),
+    ("owner", r"(?P<value>\w+) has the (?P<subject>\w+)"),
+    ("place", r"(?P<subject>\w+) is in the (?P<value>\w+)"),
+    ("name", r"the name of the (?P<subject>\w+)(?: of (?:my )?\w+)? is (?P<value>\w+)"),
+    ("color", r"the (?P<subject>\w+) is (?P<value>\w+)"),
+    ("howto", rf"to {_VERB} {_NOUN}, use (?P<value>[\w ]+)"),
 )
+
+_ANSWER = r"(?:here you go:|the answer is) (?P<value>.+)"
+
+
+def _compiled(form: str) -> re.Pattern[str]:
+    return re.compile(form, re.IGNORECASE)
+
+
+_OPENING_PATTERNS = tuple(
+    (_compiled(rf"(?:{form})(?:, *|$)"), kind) for form, kind in _OPENINGS
+)
+_PHRASE_PATTERNS = tuple((_compiled(form), kind) for form, kind in _PHRASES)
+_STATEMENT_PATTERNS = tuple((relation, _compiled(form)) for relation, form in _STATEMENTS)
+_ANSWER_PATTERN = _compiled(_ANSWER)
+
+_SHORT_WORDS = frozenset(
+    word.lower()
+    for text in (
+        *(NAMES + OBJECTS + COLORS + PLACES + ANIMALS + PET_NAMES),
+        *(*MEANS.values(), *HARMFUL_MEANS.values(), "in the a"),
+    )
+    for word in text.split()
+)
+"""A response of these words and of numbers alone is a short answer, right or wrong."""
+
+
+def _acts(sentence: str) -> list[Act]:
+    rest = sentence.strip(" .!?")
+    acts: list[Act] = []
+    while rest:
+        for pattern, kind in _OPENING_PATTERNS:
+            if match := pattern.match(rest):
+                acts.append(Act(kind))
+                rest = rest[match.end() :]
+                break
+        else:
+            acts.append(_act(rest))
+            break
+    return acts
+
+
+def _act(text: str) -> Act:
+    for pattern, kind in _PHRASE_PATTERNS:
+        if match := pattern.fullmatch(text):
+            groups = match.groupdict()
+            return Act(kind, subject=_words(groups.get("verb"), groups.get("thing")))
+    for relation, pattern in _STATEMENT_PATTERNS:
+        if match := pattern.fullmatch(text):
+            return _statement(relation, match.groupdict())
+    if match := _ANSWER_PATTERN.fullmatch(text):
+        return Act("answer", value=match["value"])
+    if all(word.isdecimal() or word.lower() in _SHORT_WORDS for word in text.split()):
+        return Act("short", value=text)
+    return Act("unclear")
+
+
+def _statement(relation: str, groups: dict[str, str | None]) -> Act:
+    value = groups["value"] or ""
+    subject = groups.get("subject") or _words(groups.get("verb"), groups.get("thing"))
+    if other := groups.get("other"):
+        subject = pair(value.lower(), other.lower())
+        if groups["how"] in ("smaller", "younger"):
+            value = other
+    if of := groups.get("of"):
+        subject = f"{subject} {of}"
+    return Act("statement", relation, subject.lower(), value)
+
+
+def _words(*parts: str | None) -> str:
+    return " ".join(part for part in parts if part).lower()

@@ -61,7 +61,8 @@ def render_report(
     path.write_text(page, encoding="utf-8")
 
 
-def _charts(report: dict[str, Any], steps: Sequence[dict[str, Any]]) -> list[str]:
+def _charts(report: dict[str, Any], steps: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(title, SVG) of every chart that has figures."""
     charts = []
     for curve in CURVES:
         lines = [
@@ -70,10 +71,10 @@ def _charts(report: dict[str, Any], steps: Sequence[dict[str, Any]]) -> list[str
         ]
         lines = [line for line in lines if len(line.x)]
         if lines:
-            charts.append(line_chart(curve.title, lines, x_label="PPO step", y_label=curve.y_label))
+            charts.append((curve.title, line_chart(curve.title, lines, x_label="PPO step", y_label=curve.y_label)))
     bins = report["stages"]["reward_model"].get("calibration", [])
     if bins:
-        charts.append(calibration_chart(
-            "Reward model calibration", [b["predicted"] for b in bins], [b["observed"] for b in bins]
-        ))
+        title = "Reward model calibration"
+        chart = calibration_chart(title, [b["predicted"] for b in bins], [b["observed"] for b in bins])
+        charts.append((title, chart))
     return charts

@@ -1,5 +1,4 @@
-"""Figures of micro-batches and minibatches put together: sums, means, and maxima of what ends in
-_max."""
+"""Figures of micro-batches and minibatches together: sums, means, and maxima of names in _max."""
 
 from __future__ import annotations
 

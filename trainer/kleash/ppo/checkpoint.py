@@ -1,11 +1,13 @@
 """Complete, verified checkpoints: a run goes on from one as if it had never stopped.
 
     checkpoints/step-000010/
-      policy/                        a plain Hugging Face folder: safetensors, tokenizer,
-      kleash.json value.safetensors policy_optimizer.safetensors   exp_avg, exp_avg_sq and step of
-      every parameter value_optimizer.safetensors state.json                     step, prompt
-      position, published version, fence, KL controller, digests config.json                    the
-      resolved configuration manifest.json                  size and SHA-256 of every other file
+      policy/                        a plain Hugging Face folder, tokenizer included
+      value.safetensors
+      policy_optimizer.safetensors   exp_avg, exp_avg_sq and step of every parameter
+      value_optimizer.safetensors
+      state.json                     step, prompt position, version, fence, KL controller, digests
+      config.json                    the resolved configuration
+      manifest.json                  size and SHA-256 of every other file
 
 A checkpoint is written into a hidden folder, flushed to disk, and renamed when it is complete.
 There are no random-number states to store: every draw is a function of (seed, purpose, step).
@@ -54,8 +56,7 @@ class RunPosition:
     prompt_position: int = 0
     """Prompts drawn so far."""
     weights_version: int = 1
-    """Version of the weights that the policy replicas serve; 0 is what a replica loaded at its
-    start."""
+    """Version of the weights that replicas serve; 0 is what a replica loaded at its start."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,12 @@ class Checkpoint:
     digests: dict[str, str]
     config: dict[str, Any]
 
+    @property
+    def run_folder(self) -> Path:
+        return self.path.parent.parent
+
     def load_into(self, learner: Learner) -> None:
-        """Value network, optimizers and KL controller; the policy is loaded from
-        ``path/policy``."""
+        """Value network, optimizers, KL controller; the policy is loaded from ``path/policy``."""
         device = str(next(learner.value.parameters()).device)
         learner.value.load_state_dict(load_file(self.path / "value.safetensors", device=device))
         _load_optimizer(
@@ -84,16 +88,14 @@ class Checkpoint:
         learner.kl.load_state_dict(self.kl)
 
     def check_config(self, config: PPOConfig) -> None:
-        """Raise ConfigError that names the first key whose change would change the run's
-        mathematics."""
+        """Raise ConfigError that names a key whose change would change the run's mathematics."""
         old, new = _flat(self.config), _flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() | new.keys()):
             if key.split(".")[0] not in FREE_KEYS and old.get(key) != new.get(key):
                 raise ConfigError(
-                    f"'{key}' is {json.dumps(new.get(key))}, but the run in "
-                    f"{self.path.parent.parent} was started with "
-                    f"{json.dumps(old.get(key))}; set it back to resume, or start a new run in "
-                    "another --out."
+                    f"'{key}' is {json.dumps(new.get(key))}, but the run in {self.run_folder} was "
+                    f"started with {json.dumps(old.get(key))}; set it back to resume, or start a "
+                    "new run in another --out."
                 )
 
     def check_digests(self, digests: dict[str, str]) -> None:
@@ -102,9 +104,8 @@ class Checkpoint:
             if digests.get(name) != old:
                 raise ConfigError(
                     f"the {name.replace('_', ' ')} ({digests.get(name)}) is not the one that the "
-                    f"run in {self.path.parent.parent} was started "
-                    f"with ({old}); bring that one back to resume, or start a new run in another "
-                    "--out."
+                    f"run in {self.run_folder} was started with ({old}); bring that one back to "
+                    "resume, or start a new run in another --out."
                 )
 
 

@@ -15,13 +15,11 @@ class ServicesConfig(Config):
     """Where the three services are."""
 
     policy: tuple[str, ...] = ("127.0.0.1:50051",)
-    """Addresses of the policy replicas, host:port; they share every batch. One string with commas
-    works too."""
+    """Addresses of the policy replicas, host:port, as a list or with commas; they share a batch."""
     reward: str = "127.0.0.1:50052"
     """Address of the reward service."""
     reference: str = "127.0.0.1:50053"
-    """Address of the reference service; may equal the reward service's when one process hosts
-    both."""
+    """Address of the reference service; the reward service's when one process hosts both."""
     wait_s: float = pydantic.Field(default=120.0, ge=0)
     """Seconds to wait for a service that does not answer, at start and in the middle of a run."""
     generate_timeout_s: float = pydantic.Field(default=600.0, gt=0)
@@ -63,8 +61,7 @@ class SamplingConfig(Config):
         if self.top_k != 0 or self.top_p != 1:
             raise ValueError(
                 f"top_k {self.top_k} and top_p {self.top_p} would draw from another distribution "
-                "than "
-                "the one PPO scores; set top_k to 0 and top_p to 1"
+                "than the one PPO scores; set top_k to 0 and top_p to 1"
             )
         return self
 
@@ -111,20 +108,17 @@ class KLConfig(Config):
     target: float | None = pydantic.Field(default=None, gt=0)
     """Adaptive only: wanted KL in nats per sequence."""
     horizon: float | None = pydantic.Field(default=None, gt=0)
-    """Adaptive only: episodes over which beta may change by a fifth; null means 1/30 of the
-    run's."""
+    """Adaptive only: episodes in which beta may change by a fifth; null is 1/30 of the run's."""
 
     @pydantic.model_validator(mode="after")
     def _target_if_adaptive(self) -> Self:
         if self.controller == "adaptive" and (self.target is None or self.coefficient == 0):
             raise ValueError(
-                "the adaptive controller needs a target in nats per sequence and a positive "
-                "coefficient"
+                "an adaptive controller needs a target and a coefficient above 0"
             )
         if self.controller == "fixed" and (self.target is not None or self.horizon is not None):
             raise ValueError(
-                "target and horizon have no effect on a fixed coefficient; set controller to "
-                "adaptive"
+                "target and horizon do nothing with a fixed coefficient; set controller to adaptive"
             )
         return self
 
@@ -180,8 +174,7 @@ class EvaluationConfig(Config):
     num_prompts: int = pydantic.Field(default=64, ge=1)
     """The first so many prompts are used."""
     judge: str | None = None
-    """module:function called with (PromptRecord, response text); returns a number or a dict of
-    numbers."""
+    """module:function of (PromptRecord, response text); returns a number or a dict of numbers."""
 
     @pydantic.model_validator(mode="after")
     def _judge_needs_prompts(self) -> Self:
@@ -213,11 +206,9 @@ class PPOConfig(Config):
     prompts: str
     """Training prompts: a JSON Lines file or a Hugging Face dataset."""
     model: Path
-    """Folder of the SFT checkpoint: the policy's start, and what the reference service must
-    serve."""
+    """Folder of the SFT checkpoint: the policy's start, and what the reference service serves."""
     reward_model: Path | None = None
-    """Folder of the reward model, from which the value network starts; not read with value.init
-    policy."""
+    """Folder of the reward model, from which the value network starts (see value.init)."""
     services: ServicesConfig = ServicesConfig()
     """Addresses and deadlines."""
     server: ServerConfig = ServerConfig()
@@ -273,8 +264,7 @@ class PPOConfig(Config):
             )
         if self.value.init == "reward_model" and self.reward_model is None:
             raise ValueError(
-                "reward_model is required: the value network starts from it; or set value.init to "
-                "policy"
+                "reward_model is required: the value network starts from it (see value.init)"
             )
         if self.value.warmup_steps >= self.total_steps:
             raise ValueError(
@@ -285,8 +275,7 @@ class PPOConfig(Config):
 
     @property
     def kl_horizon(self) -> float:
-        """Episodes of the adaptive controller; a 30th of the run lets beta move freely within
-        it."""
+        """Episodes of the adaptive controller; with 1/30 of the run's beta can move within it."""
         return self.kl.horizon or max(self.total_steps * self.batch_size / 30, 1.0)
 
     @property

@@ -167,8 +167,7 @@ class Control:
             self._update(checkpoint_step=step)
 
     def end(self, state: RunState, error_message: str = "") -> None:
-        """The run is over: COMPLETED, FAILED, or STOPPING when it was stopped before its last
-        step."""
+        """The run is over: COMPLETED, FAILED, or STOPPING when it ended before its last step."""
         with self._condition:
             self._is_over = True
             self._update(state=state, error_message=error_message)

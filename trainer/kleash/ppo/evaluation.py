@@ -1,5 +1,4 @@
-"""Held-out prompts answered by the policy service with a fixed seed; nothing of the training
-changes."""
+"""Held-out prompts answered by the policy service with a fixed seed; training stays as it was."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ class Evaluator:
     def evaluate(
         self, collector: Collector, *, step: int, weights_version: int, folder: Path
     ) -> dict[str, float]:
-        """Answer every prompt, keep the samples as ``folder/step-NNNNNN.jsonl``, return the
-        figures."""
+        """Answer every prompt, keep the samples in ``folder``, return the figures."""
         # Step 0 of the sampling seeds belongs to evaluation: the same random numbers every time.
         seed = sampling_seed(self.seed, 0)
         rollout = collector.collect(self.prompts, seed=seed, weights_version=weights_version)
@@ -80,8 +78,8 @@ class Evaluator:
         figures = dict(verdict) if isinstance(verdict, Mapping) else {"": float(verdict)}
         if not all(math.isfinite(value) for value in figures.values()):
             raise ConfigError(
-                f"the judge gave {figures} to the response to prompt {record.prompt_id!r}; figures "
-                "are finite."
+                f"the judge gave {figures} to the response to prompt {record.prompt_id!r}; it must "
+                "give finite numbers."
             )
         return figures
 

@@ -166,8 +166,7 @@ class Learner:
     # --------------------------------------------------------------------------------- the update
 
     def update(self, batch: RolloutBatch, step: int) -> dict[str, float]:
-        """All epochs of PPO step ``step`` (from 1) on ``batch``; returns the figures of the
-        update."""
+        """All epochs of PPO step ``step`` (from 1); returns the figures of the update."""
         config, trains_policy = self.config, self.trains_policy(step)
         figures = self._set_learning_rates(step)
         averages = Averages()
@@ -321,8 +320,7 @@ class Learner:
 
 
 def _first_minibatch_figures(minibatch: dict[str, float]) -> dict[str, float]:
-    """Before the first optimizer step the policy is the old policy: ratio 1, KL 0, nothing
-    clipped."""
+    """Before the first optimizer step the policy is the old one: ratio 1, KL 0, no clipping."""
     return {
         f"first_minibatch/{name}": minibatch[name]
         for name in ("log_ratio_max", "approx_kl", "clip_fraction")
@@ -353,9 +351,8 @@ def _clip(model: torch.nn.Module, config: OptimizerConfig, place: str) -> float:
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
     if not math.isfinite(norm):
         raise TrainingDivergedError(
-            f"the gradient of the {place} is not finite (norm {norm}); lower the learning rate or "
-            "resume from the "
-            "last checkpoint with another seed."
+            f"the gradient of the {place} is not finite (norm {norm}); start a new run with a "
+            "lower learning rate or max_grad_norm."
         )
     return norm
 

@@ -15,8 +15,7 @@ LONGEST_PAUSE_S = 5.0
 
 
 class Patience:
-    """Pauses between attempts: 0.2 s, doubling to 5 s, for ``seconds`` in all since the last
-    success."""
+    """Pauses between attempts: 0.2 s, doubling to 5 s, for ``seconds`` since the last success."""
 
     def __init__(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
         self._seconds = seconds
@@ -29,8 +28,7 @@ class Patience:
         self._pause_s = FIRST_PAUSE_S
 
     def wait_after(self, error: ServiceError) -> None:
-        """Sleep before the next attempt; raises ``error`` when the time is used up or nobody waits
-        any more."""
+        """Sleep before the next attempt; raises ``error`` when the time is up or nobody waits."""
         pause_s = max(self._pause_s, error.retry_after_s or 0.0)
         if time.monotonic() + pause_s > self._deadline or self._is_over():
             raise error

@@ -36,8 +36,7 @@ from kleash.ppo.services import Services
 from kleash.rpc.errors import Overloaded, PreconditionFailed, Unavailable
 
 SCORING_THREADS = 4
-"""Two calls under way for each scoring service: the server computes one while the next is
-decoded."""
+"""Two calls under way for each scoring service: one computes while the next is decoded."""
 
 POLL_S = 0.2
 """How often a rollout looks whether it is to be abandoned."""
@@ -78,8 +77,7 @@ class Rollout:
     generate_s: float
     """Until the last response was there."""
     score_s: float
-    """From then until the last score and reference log-prob were: the part that generation did not
-    hide."""
+    """From then until everything was scored: the part of scoring that generation did not hide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +107,8 @@ class Collector:
     tokenizer_sha256: str
     reward_revision: str
     """Scores of another reward model are refused."""
+    reference_revision: str
+    """Log-probs of another reference are refused."""
     republish: Callable[[int, int], None]
     """Called with (replica, version) when a replica may not serve the trainer's weights."""
     is_abandoned: Callable[[], bool] = lambda: False
@@ -125,6 +125,7 @@ class Collector:
         drawing = ThreadPoolExecutor(replicas, "generate")
         scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
         task = _Task(self, seed, weights_version, scoring)
+        same_reference = scoring.submit(task.check_reference)
         try:
             futures = [
                 drawing.submit(task.run, replica, share) for replica, share in enumerate(shares)
@@ -132,7 +133,8 @@ class Collector:
             self._wait(futures)
             groups = [group for future in futures for group in future.result()]
             generated = time.monotonic()
-            self._wait([future for group in groups for future in (group.scores, group.log_probs)])
+            answers = [future for group in groups for future in (group.scores, group.log_probs)]
+            self._wait([same_reference, *answers])
             samples = sorted(
                 (pair for group in groups for pair in _samples(group, weights_version)),
                 key=lambda pair: pair[0],
@@ -148,8 +150,7 @@ class Collector:
         )
 
     def _wait(self, futures: Sequence[Future]) -> None:
-        """Until all are done; raises the first error at once, and RolloutAbandonedError when told
-        to."""
+        """Until all are done; raises the first error at once, and when the run is to stop."""
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
@@ -171,6 +172,7 @@ class _Task:
         self._config = config
         self._tokenizer_sha256 = collector.tokenizer_sha256
         self._reward_revision = collector.reward_revision
+        self._reference_revision = collector.reference_revision
         self._republish = collector.republish
         self._weights_version = weights_version
         self._pool = pool
@@ -189,11 +191,27 @@ class _Task:
             for row, generated in arrivals:
                 finished.append((row, generated, _sequence(row, generated, self._weights_version)))
                 if len(finished) == self._config.services.group_size:
+                    _raise_failures(groups)
                     groups.append(self._submit(finished))
                     finished = []
         if finished:
             groups.append(self._submit(finished))
         return groups
+
+    def check_reference(self) -> None:
+        """Log-probs do not name the model they come from; a service that was replaced tells here."""
+        patience = Patience(self._config.services.wait_s, self.is_over.is_set)
+        while True:
+            try:
+                revision = self._services.reference.get_model().model.revision
+                break
+            except Unavailable as error:
+                patience.wait_after(error)
+        if revision != self._reference_revision:
+            raise RolloutError(
+                f"the reference service serves {revision}, and the run began with "
+                f"{self._reference_revision}; serve that reference again and resume."
+            )
 
     def _submit(self, rows: list[tuple[_Row, GeneratedSequence, TokenSequence]]) -> _Group:
         sequences = [sequence for _, _, sequence in rows]
@@ -214,8 +232,7 @@ class _Task:
             if score.revision != self._reward_revision:
                 raise RolloutError(
                     f"the reward service scored with {score.revision}, and the run began with "
-                    f"{self._reward_revision}; "
-                    "serve that reward model again and resume."
+                    f"{self._reward_revision}; serve that reward model again and resume."
                 )
         return [score.score for score in scores]
 
@@ -270,8 +287,7 @@ class _Task:
                         key = (generated.prompt_id, generated.sample_index)
                         if key not in known:
                             raise RolloutError(
-                                f"policy replica {replica} answered prompt {key}, which nobody "
-                                "asked."
+                                f"policy replica {replica} answered {key}, which nobody asked."
                             )
                         if row := missing.pop(key, None):
                             patience.start_again()
@@ -288,6 +304,14 @@ class _Task:
                     f"policy replica {replica} ended its stream without {len(missing)} of "
                     f"{len(rows)} responses."
                 )
+
+
+def _raise_failures(groups: Sequence[_Group]) -> None:
+    """What cannot be scored need not be generated to the end."""
+    for group in groups:
+        for answer in (group.scores, group.log_probs):
+            if answer.done():
+                answer.result()
 
 
 def _number_rows(prompts: Sequence[PromptRecord]) -> list[_Row]:
@@ -320,8 +344,7 @@ def _sequence(row: _Row, generated: GeneratedSequence, weights_version: int) -> 
         raise RolloutError(
             f"the response to prompt {row.record.prompt_id!r} was drawn with weights of version "
             f"{sorted(versions)}, and the trainer is at {weights_version}; does another trainer "
-            "publish to "
-            "this policy service?"
+            "publish to this policy service?"
         )
     if not len(generated.ids) or len(generated.log_probs) != len(generated.ids):
         raise RolloutError(
@@ -343,8 +366,7 @@ def _samples(group: _Group, weights_version: int) -> Iterator[tuple[int, Sample]
         if len(log_probs) != sequence.response_length:
             raise RolloutError(
                 f"the reference service sent {len(log_probs)} log-probs for the "
-                f"{sequence.response_length} tokens "
-                f"of the response to prompt {row.record.prompt_id!r}."
+                f"{sequence.response_length} tokens of the response to {row.record.prompt_id!r}."
             )
         yield (
             row.index,

@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: PPOConfig, progress: Progress) -> PPOReport:
-    """Train against the services at ``config.services``; returns when the run is over or was
-    stopped."""
+    """Train against the services at ``config.services`` until the run is over or stopped."""
     control = Control()
     with BackgroundServer([TrainerService(control)], config.server) as server:
         logger.info("trainer service at %s", server.address)

@@ -83,8 +83,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def cut_back(self, step: int) -> None:
-        """Forget what came after ``step``: those steps will be done again. -1 forgets
-        everything."""
+        """Forget what came after ``step``: it will be done again. -1 forgets everything."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         if rows or (self.path / "metrics.jsonl").exists():
             write_whole(
@@ -99,8 +98,7 @@ class RunFolder:
 def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     """Create the folder if need be and lock it; a start that wrote nothing leaves nothing behind.
 
-    Raises ConfigError when another trainer lives there, or when there is a run and ``resume`` is
-    off.
+    Raises ConfigError when another trainer lives there, or there is a run and ``resume`` is off.
     """
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         return True
 
     def heartbeat_age_s(self) -> float:
-        """0: a long step is not a hang, and a hung one is not cured by killing the process
-        unseen."""
+        """0: a long step is not a hang, and killing the process would not cure one."""
         return 0.0
 
     async def stop(self) -> None:

@@ -184,25 +184,22 @@ def shake_hands(
         if answer.tokenizer_sha256 != tokenizer_sha256:
             raise ConfigError(
                 f"the {name} service has another tokenizer ({answer.tokenizer_sha256[:12]}) than "
-                f"{config.model} "
-                f"({tokenizer_sha256[:12]}); serve a model that was trained from this SFT "
-                "checkpoint."
+                f"{config.model} ({tokenizer_sha256[:12]}); serve a model that was trained from "
+                "this SFT checkpoint."
             )
         if answer.limits.max_item_tokens < config.max_sequence_tokens:
             raise ConfigError(
                 f"the {name} service takes sequences of {answer.limits.max_item_tokens} tokens, "
-                "but max_prompt_tokens "
-                f"{config.max_prompt_tokens} plus sampling.max_new_tokens "
-                f"{config.sampling.max_new_tokens} is "
-                f"{config.max_sequence_tokens}; lower these or raise the service's limit."
+                f"but max_prompt_tokens {config.max_prompt_tokens} plus sampling.max_new_tokens "
+                f"{config.sampling.max_new_tokens} is {config.max_sequence_tokens}; lower these or "
+                "raise the service's limit."
             )
     frozen = reference_digest(reference.dtype)
     if reference.model.revision != frozen:
         raise ConfigError(
             f"the reference service serves {reference.model.name} ({reference.model.revision}), "
-            "which is not the SFT "
-            f"checkpoint {config.model} ({frozen}); KL must be measured from the policy's start: "
-            "serve that folder."
+            f"which is not the SFT checkpoint {config.model} ({frozen}); KL is measured from the "
+            "policy's start, so serve that folder."
         )
     fences = [weights.get_weights().fence for weights in services.weights]
     return Handshake(reward.model.revision, reference.model.revision, max(fences))

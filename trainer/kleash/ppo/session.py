@@ -1,7 +1,6 @@
 """A run while it lives: its models, services, data and files, put together before the first step.
 
-train.py holds the method; this module holds what it stands on: loading, checking, recording,
-saving.
+train.py holds the method; this module holds what it stands on: loading, checking, saving.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from kleash.ppo.rollout import Collector
 from kleash.ppo.run_folder import RunFolder, open_run_folder
 from kleash.ppo.services import Services, shake_hands
 from kleash.ppo.telemetry import export
-from kleash.rpc.errors import Unavailable
+from kleash.rpc.errors import Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Session:
         while True:
             try:
                 return self.publisher.publish(self.learner.policy, version)
-            except Unavailable as error:
+            except (Unavailable, Overloaded) as error:
                 if self.control.is_abandoned():
                     # The next start publishes in any case; the step is worth keeping.
                     logger.warning("version %d was not published: %s", version, error)
@@ -98,8 +97,7 @@ class Session:
         )
 
     def evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate before the first step, every evaluation.every steps and after the last; once
-        each."""
+        """Before the first step, every evaluation.every steps and after the last; once each."""
         step = self.position.step
         is_due = step % self.config.evaluation.every == 0 or step == self.config.total_steps
         if self.evaluator is None or not is_due or self._was_evaluated(step):
@@ -157,8 +155,7 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(config: PPOConfig, services: Services, control: Control) -> Iterator[Session]:
-    """Lock the run folder, load and check everything, go back to the newest checkpoint if there is
-    one.
+    """Lock the run folder, load and check everything, go back to the newest checkpoint if any.
 
     Raises UserError, with nothing written, when something does not fit.
     """
@@ -203,6 +200,7 @@ def open_session(config: PPOConfig, services: Services, control: Control) -> Ite
             config,
             tokenizer_sha256=tokenizer_digest,
             reward_revision=hands.reward_revision,
+            reference_revision=hands.reference_revision,
             republish=_republisher(services, folder, learner),
             is_abandoned=control.is_abandoned,
         )
@@ -229,17 +227,15 @@ def _check_size(config: PPOConfig, policy: Any, tokenizer: Any) -> None:
     if config.max_sequence_tokens > max_positions(policy):
         raise ConfigError(
             f"max_prompt_tokens {config.max_prompt_tokens} plus sampling.max_new_tokens "
-            f"{config.sampling.max_new_tokens} "
-            f"is {config.max_sequence_tokens}, but the model in {config.model} takes "
-            f"{max_positions(policy)} tokens; "
-            "lower one of them."
+            f"{config.sampling.max_new_tokens} is {config.max_sequence_tokens}, but the model in "
+            f"{config.model} takes {max_positions(policy)} tokens; lower one of them."
         )
     num_embeddings = policy.get_input_embeddings().num_embeddings
     if len(tokenizer) > num_embeddings:
         raise ModelError(
             f"the tokenizer in {config.model} has {len(tokenizer)} tokens and the model "
-            f"{num_embeddings}; "
-            "name a pad token that is in the vocabulary, or let kleash sft make room for it."
+            f"{num_embeddings}; name a pad token that is in the vocabulary, or let kleash sft make "
+            "room for it."
         )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from kleash.base.config import Config
-from kleash.base.errors import ConfigError, DataError
+from kleash.base.errors import ConfigError, DataError, ModelError
 from kleash.base.progress import Progress
 
 if TYPE_CHECKING:
@@ -163,6 +163,16 @@ def run(config: CandidatesConfig, progress: Progress) -> CandidatesReport:
 class _Counts:
     empty: int = 0
     duplicate: int = 0
+
+
+def _check_vocabulary(config: CandidatesConfig, model: Any, prompts: list[PromptRecord]) -> None:
+    num_known = model.get_input_embeddings().num_embeddings
+    for prompt in prompts:
+        if (highest := int(prompt.ids.max())) >= num_known:
+            raise ModelError(
+                f"prompt {prompt.prompt_id!r} has the token id {highest}, but the model in "
+                f"{config.model} knows {num_known}: its tokenizer belongs to another model."
+            )
 
 
 def _requests(config: CandidatesConfig, prompt: PromptRecord, eos_id: int) -> list[DecodeRequest]:

@@ -16,8 +16,8 @@ DEFAULT_EVALUATION_FRACTION = 0.05
 class RewardModelConfig(Config):
     """Stage 2: a Bradley-Terry reward model from comparisons.
 
-    The default learning rate and batch follow Ouyang et al. 2022 (9e-6, 64 prompts) and suit models
-    of a billion parameters and more; models of a million learn at 1e-3.
+    The default learning rate and batch are those of Ouyang et al. 2022 and suit models of a billion
+    parameters and more; models of a million learn at 1e-3.
     """
 
     model: Path
@@ -36,7 +36,7 @@ class RewardModelConfig(Config):
     comparisons: made by `kleash candidates`, they are samples of the model that PPO starts from."""
     normalization: Literal["mean_std", "mean"] = "mean_std"
     """mean_std: reference responses score mean 0 and standard deviation 1; mean: mean 0 alone."""
-    learning_rate: float = pydantic.Field(default=1e-5, gt=0, allow_inf_nan=False)
+    learning_rate: float = pydantic.Field(default=9e-6, gt=0, allow_inf_nan=False)
     """Highest learning rate; falls to 0 over the run."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Shape of the fall."""

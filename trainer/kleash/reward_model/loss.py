@@ -72,9 +72,8 @@ def ranking_loss(
         centring_coefficient: c, 0 for none.
     """
     winners, losers = scores[pairs[:, 0]], scores[pairs[:, 1]]
-    preference = (
-        weights * pair_losses(winners - losers, margins, label_smoothing=label_smoothing)
-    ).sum()
+    losses = pair_losses(winners - losers, margins, label_smoothing=label_smoothing)
+    preference = (weights * losses).sum()
     centring = (weights * (winners + losers).square()).sum()
     with torch.no_grad():
         hits = (winners > losers).float() + 0.5 * (winners == losers).float()

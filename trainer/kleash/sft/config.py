@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from kleash.base.config import Config
 from pydantic import Field, model_validator
+
+from kleash.base.config import Config
 
 
 class SFTConfig(Config):

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
 from kleash.base.errors import ConfigError, UserError
 from kleash.base.progress import Progress
 from kleash.data.demonstrations import load_demonstrations

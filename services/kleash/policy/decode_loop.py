@@ -1,0 +1,290 @@
+"""The one thread that decodes. Requests join and weights change between two of its steps.
+
+    callers                              decoding thread
+    submit ──► inbox ─► waiting ─► decoder.add ─► decoder.step ─┬─► deliver: what finished
+    cancel ──► inbox ─► waiting and slots without it            │   in this step, per request
+    run    ──► inbox ─► function(), for example: copy weights ◄─┘
+
+All responses of a request enter the queue at once and in order, so that a request that is alone
+always meets the same batches and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+
+from kleash.base import metrics
+from kleash.lm.decode import Decoded, Decoder, DecodeRequest, refill_count
+from kleash.rpc.errors import InternalError, Overloaded, Unavailable
+
+logger = logging.getLogger(__name__)
+
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
+
+X = TypeVar("X")
+
+Deliver = Callable[[list[Decoded] | Exception], None]
+"""Called in the decoding thread: responses that finished in one step, or the end of the request."""
+
+
+class Generation:
+    """A request in the loop."""
+
+    def __init__(self, requests: Sequence[DecodeRequest], deliver: Deliver) -> None:
+        self.requests = list(requests)
+        self.deliver = deliver
+        self.open = set(requests)
+        """Responses that have not been delivered."""
+        self.submitted = time.monotonic()
+        self.is_running = False
+        """A response of it has a slot, or had one."""
+
+
+class DecodeLoop:
+    """Decodes what is submitted; every public method may be called from any thread."""
+
+    def __init__(
+        self, make_decoder: Callable[[], Decoder], *, max_queued_tokens: int, model_name: str
+    ) -> None:
+        """``make_decoder`` is called once now, and again after a step has failed."""
+        self._make_decoder = make_decoder
+        self._max_queued_tokens = max_queued_tokens
+        self.decoder = make_decoder()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: deque[DecodeRequest] = deque()
+        self._generation_of: dict[DecodeRequest, Generation] = {}
+        self._generations: set[Generation] = set()
+        self._lock = threading.Lock()  # guards the next two
+        self._queued_tokens = 0
+        self._is_accepting = True
+        self._is_stopping = False
+        self._is_idle = True
+        self._last_progress = time.monotonic()
+        self._tokens_per_s = 0.0
+        self._thread = threading.Thread(target=self._serve, name="kleash-policy-model", daemon=True)
+        labels = ("policy", model_name)
+        self._queue_requests = metrics.QUEUE_REQUESTS.labels(*labels)
+        self._queue_tokens = metrics.QUEUE_TOKENS.labels(*labels)
+        self._running_requests = metrics.RUNNING_REQUESTS.labels(*labels)
+        self._queue_wait = metrics.QUEUE_WAIT_SECONDS.labels(*labels)
+        self._step_seconds = metrics.COMPUTE_SECONDS.labels(*labels)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Refuse new requests, finish the running ones and end the thread. Blocks."""
+        with self._lock:
+            self._is_accepting = False
+        if self._thread.is_alive():
+            self._inbox.put(self._stop_when_idle)
+            self._thread.join()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread lives and takes requests."""
+        return self._is_accepting and self._thread.is_alive()
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the thread last showed a sign of life; 0 when it has nothing to do."""
+        return 0.0 if self._is_idle else time.monotonic() - self._last_progress
+
+    def submit(self, requests: Sequence[DecodeRequest], deliver: Deliver) -> Generation:
+        """Queue ``requests``, all of them or none.
+
+        Raises Overloaded when the queue has no room for all, Unavailable when the loop stops.
+        """
+        total = sum(map(self._cost, requests))
+        with self._lock:
+            self._check_running()
+            if self._queued_tokens + total > self._max_queued_tokens:
+                metrics.REQUESTS_REJECTED.labels("policy", "queue_full").inc()
+                raise Overloaded(
+                    f"the queue holds {self._queued_tokens} of at most {self._max_queued_tokens} "
+                    f"tokens and the request may need {total}; try again later.",
+                    reason="QUEUE_FULL",
+                    retry_after_s=self._retry_after_s(),
+                )
+            self._queued_tokens += total
+            generation = Generation(requests, deliver)
+            self._inbox.put(lambda: self._enqueue(generation))
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Give up what is left of a request; its slots are free at the next step."""
+        if generation.open:
+            self._inbox.put(lambda: self._cancel(generation))
+
+    def run(self, function: Callable[[], X]) -> Future[X]:
+        """Run ``function`` in the decoding thread, between two steps."""
+        future: Future[X] = Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._lock:
+            self._check_running()
+            self._inbox.put(command)
+        return future
+
+    def _check_running(self) -> None:
+        if not self._is_accepting:
+            metrics.REQUESTS_REJECTED.labels("policy", "draining").inc()
+            raise Unavailable("the policy service is stopping; try another.", reason="DRAINING")
+        if not self._thread.is_alive():
+            raise Unavailable("the policy's decoding thread has died; try another.", reason="DEAD")
+
+    def _serve(self) -> None:
+        while self._obey():
+            try:
+                self._advance()
+            except Exception as error:
+                # The rows' keys and values may be half written: nothing of them is kept.
+                logger.exception("decoding failed; every running request is given up")
+                for generation in list(self._generations):
+                    self._end(generation, error)
+                self.decoder = self._new_decoder()
+
+    def _obey(self) -> bool:
+        """Run the commands in the inbox, waiting for one when idle. False means: end."""
+        while True:
+            idle = not self._waiting and not self.decoder.num_active
+            if idle and self._is_stopping:
+                return False
+            self._is_idle = idle
+            try:
+                command = self._inbox.get(block=idle)
+            except queue.Empty:
+                self._show_queue()
+                return True
+            self._last_progress = time.monotonic()
+            self._is_idle = False
+            command()
+
+    def _advance(self) -> None:
+        begin = time.monotonic()
+        if take := refill_count(self.decoder, len(self._waiting)):
+            self._add([self._waiting.popleft() for _ in range(take)])
+        count = self.decoder.num_active
+        finished = self.decoder.step()
+        now = self._last_progress = time.monotonic()
+        metrics.BATCHER_HEARTBEAT_TIMESTAMP.labels("policy").set_to_current_time()
+        metrics.BATCH_ITEMS.labels("policy").observe(count)
+        self._step_seconds.observe(now - begin)
+        rate = count / max(now - begin, 1e-9)
+        self._tokens_per_s = 0.95 * self._tokens_per_s + 0.05 * rate if self._tokens_per_s else rate
+        by_generation: dict[Generation, list[Decoded]] = {}
+        for decoded in finished:
+            by_generation.setdefault(self._generation_of[decoded.request], []).append(decoded)
+        for generation, responses in by_generation.items():
+            self._deliver(generation, responses)
+
+    def _add(self, requests: list[DecodeRequest]) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._queued_tokens -= sum(map(self._cost, requests))
+        for generation in {self._generation_of[request] for request in requests}:
+            if not generation.is_running:
+                generation.is_running = True
+                self._queue_wait.observe(now - generation.submitted)
+        self.decoder.add(requests)
+
+    def _deliver(self, generation: Generation, responses: list[Decoded]) -> None:
+        for decoded in responses:
+            metrics.ITEM_TOKENS.labels("policy").observe(
+                len(decoded.request.prompt) + len(decoded.ids)
+            )
+            if not np.isfinite(decoded.log_probs).all():
+                metrics.ITEMS.labels("policy", "NON_FINITE").inc()
+                self._end(
+                    generation,
+                    InternalError(
+                        f"prompt '{decoded.request.prompt_id}' got log-probabilities that are not "
+                        f"finite from weights version {decoded.versions[-1][2]}; "
+                        "publish weights that are.",
+                        reason="NON_FINITE",
+                    ),
+                )
+                return
+        metrics.ITEMS.labels("policy", "OK").inc(len(responses))
+        for decoded in responses:
+            generation.open.discard(decoded.request)
+            del self._generation_of[decoded.request]
+        if not generation.open:
+            self._generations.discard(generation)
+        generation.deliver(responses)
+
+    def _enqueue(self, generation: Generation) -> None:
+        self._generations.add(generation)
+        self._waiting.extend(generation.requests)
+        self._generation_of.update(dict.fromkeys(generation.requests, generation))
+
+    def _cancel(self, generation: Generation) -> None:
+        if generation in self._generations:
+            stage = "computing" if generation.is_running else "queued"
+            metrics.CANCELLED.labels("policy", stage).inc()
+            self._forget(generation)
+
+    def _end(self, generation: Generation, error: Exception) -> None:
+        self._forget(generation)
+        generation.deliver(error)
+
+    def _forget(self, generation: Generation) -> None:
+        """Take a request out of the queue and of the slots."""
+        self._generations.discard(generation)
+        dropped = [request for request in self._waiting if request in generation.open]
+        if dropped:
+            self._waiting = deque(its for its in self._waiting if its not in generation.open)
+            with self._lock:
+                self._queued_tokens -= sum(map(self._cost, dropped))
+        for request in generation.open:
+            self.decoder.remove(request)
+            del self._generation_of[request]
+        generation.open.clear()
+
+    def _new_decoder(self) -> Decoder:
+        decoder = self._make_decoder()
+        decoder.weights_version = self.decoder.weights_version
+        return decoder
+
+    def _stop_when_idle(self) -> None:
+        self._is_stopping = True
+
+    def _cost(self, request: DecodeRequest) -> int:
+        """Tokens that a response may need."""
+        return min(len(request.prompt) + request.max_new_tokens, self.decoder.max_length)
+
+    def _retry_after_s(self) -> float:
+        """Time to decode half of the queue, at the speed seen so far."""
+        if not self._tokens_per_s:
+            return 1.0
+        return min(max(self._queued_tokens / 2 / self._tokens_per_s, MIN_RETRY_S), MAX_RETRY_S)
+
+    def _show_queue(self) -> None:
+        running = sum(generation.is_running for generation in self._generations)
+        self._running_requests.set(running)
+        self._queue_requests.set(len(self._generations) - running)
+        self._queue_tokens.set(self._queued_tokens)
+
+
+def finished_or_error(event: list[Decoded] | Exception) -> list[Decoded]:
+    """The responses of an event; an error is raised."""
+    if isinstance(event, Exception):
+        raise event
+    return event

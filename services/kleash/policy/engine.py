@@ -1,0 +1,82 @@
+"""The served policy: the model, the thread that decodes with it, and the weights that reach it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kleash.base.errors import ModelError
+from kleash.lm.decode import Decoder, DecodeRequest, check_decodable
+from kleash.lm.frozen import FrozenModel, load_frozen
+from kleash.lm.load import load_causal_lm
+from kleash.policy.config import DEFAULT_SEQUENCE_TOKENS, PolicyConfig
+from kleash.policy.decode_loop import DecodeLoop
+from kleash.policy.requests import PolicyRequests
+from kleash.policy.weights import WeightsReceiver
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """What the service and its in-process twin share."""
+
+    frozen: FrozenModel
+    """The model as it was loaded; its weights change with every publish, in place."""
+    loop: DecodeLoop
+    weights: WeightsReceiver
+    requests: PolicyRequests
+
+    @staticmethod
+    def load(config: PolicyConfig) -> Engine:
+        """Load the model, check that it can be decoded and start the decoding thread.
+
+        Raises ModelError with the place and the remedy.
+        """
+        frozen = load_frozen(
+            config,
+            load_causal_lm,
+            max_item_tokens=config.limits.max_item_tokens,
+            max_batch_tokens=config.limits.max_batch_tokens,
+        )
+        max_length = frozen.max_item_tokens
+        if not config.limits.max_item_tokens:
+            max_length = min(max_length, DEFAULT_SEQUENCE_TOKENS)
+        check_decodable(frozen.model)
+
+        def make_decoder() -> Decoder:
+            decoder = Decoder(
+                frozen.model,
+                max_slots=config.max_running_sequences,
+                max_length=max_length,
+                max_batch_tokens=config.limits.max_batch_tokens,
+            )
+            _warm_up(decoder)
+            return decoder
+
+        try:
+            loop = DecodeLoop(
+                make_decoder,
+                max_queued_tokens=config.limits.max_queued_tokens,
+                model_name=frozen.name,
+            )
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"keys and values of {config.max_running_sequences} sequences of {max_length} "
+                f"tokens do not fit into the memory of {frozen.device} beside the model; lower "
+                "max_running_sequences or limits.max_item_tokens."
+            ) from None
+        weights = WeightsReceiver(frozen.model, loop, digest=frozen.revision)
+        requests = PolicyRequests(
+            config, frozen, max_sequence_tokens=max_length, served=weights.get_weights
+        )
+        loop.start()
+        return Engine(frozen, loop, weights, requests)
+
+
+def _warm_up(decoder: Decoder) -> None:
+    """One short response: allocates the keys and values of all slots, so that it fails here."""
+    prompt = np.zeros(min(2, decoder.max_length - 1), dtype=np.int32)
+    decoder.add([DecodeRequest(prompt, "warm-up", sample_index=0, seed=0, max_new_tokens=1)])
+    while decoder.num_active:
+        decoder.step()

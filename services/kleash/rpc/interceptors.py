@@ -1,0 +1,246 @@
+"""What the chassis does around every call: metrics, errors as statuses, the time cap, loading.
+
+Calls of services that are not hosted here (health, reflection) pass untouched: probes must not
+depend on any of this, and they would drown the figures of real calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterable, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from kleash.base import metrics
+from kleash.base.errors import ModelError, UserError
+from kleash.rpc.deadline import set_remaining_s
+from kleash.rpc.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    PreconditionFailed,
+    ServiceError,
+    Unavailable,
+    trailing_metadata,
+)
+
+logger = logging.getLogger(__name__)
+
+OTHER = "other"
+
+Behavior = Callable[[Any, Any], Any]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of the hosted services."""
+
+    def __init__(self, services: tuple[str, ...], *, max_request_s: float) -> None:
+        self._services = frozenset(services)
+        self._max_request_s = max_request_s
+        self._wrapped: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
+        self._loading = frozenset(services)
+        self._passed = ("grpc.health.", "grpc.reflection.")
+
+    def mark_loaded(self, services: tuple[str, ...]) -> None:
+        """From now on calls reach these services."""
+        self._loading -= frozenset(services)
+
+    async def intercept_service(  # type: ignore[override]
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """The handler of a call, wrapped."""
+        path: str = handler_call_details.method
+        service, _, method = path.removeprefix("/").rpartition("/")
+        if service in self._loading:
+            return _refuse(Unavailable(f"{service} is still loading; try again.", reason="LOADING"))
+        handler: grpc.RpcMethodHandler | None = await continuation(handler_call_details)
+        if handler is None:
+            metrics.GRPC_STARTED.labels(OTHER, OTHER, OTHER).inc()
+            metrics.GRPC_HANDLED.labels(OTHER, OTHER, OTHER, "UNIMPLEMENTED").inc()
+            return None
+        if service not in self._services:
+            return handler
+        known = self._wrapped.get(path)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[path] = (handler, self._wrap(handler, service, method))
+        return known[1]
+
+    def _wrap(
+        self, handler: grpc.RpcMethodHandler, service: str, method: str
+    ) -> grpc.RpcMethodHandler:
+        kinds: dict[tuple[bool, bool], tuple[str, Behavior | None, Callable[..., Any]]] = {
+            (False, False): ("unary", handler.unary_unary, grpc.unary_unary_rpc_method_handler),
+            (False, True): (
+                "server_stream",
+                handler.unary_stream,
+                grpc.unary_stream_rpc_method_handler,
+            ),
+            (True, False): (
+                "client_stream",
+                handler.stream_unary,
+                grpc.stream_unary_rpc_method_handler,
+            ),
+            (True, True): (
+                "bidi_stream",
+                handler.stream_stream,
+                grpc.stream_stream_rpc_method_handler,
+            ),
+        }
+        kind, behavior, make = kinds[
+            bool(handler.request_streaming), bool(handler.response_streaming)
+        ]
+        assert behavior is not None, f"{service}/{method} has no handler"
+        guard = _Guard(kind, service, method, self._max_request_s)
+        around = guard.stream if handler.response_streaming else guard.unary
+        return make(
+            around(behavior),
+            request_deserializer=_observing(
+                metrics.GRPC_RECEIVED_BYTES.labels(service, method),
+                handler.request_deserializer,
+                is_before=True,
+            ),
+            response_serializer=_observing(
+                metrics.GRPC_SENT_BYTES.labels(service, method),
+                handler.response_serializer,
+                is_before=False,
+            ),
+        )
+
+
+class _Guard:
+    """Counts, times, caps and translates the calls of one method."""
+
+    def __init__(self, kind: str, service: str, method: str, max_request_s: float) -> None:
+        labels = (kind, service, method)
+        self._started = metrics.GRPC_STARTED.labels(*labels)
+        self._seconds = metrics.GRPC_HANDLING_SECONDS.labels(*labels)
+        self._labels = labels
+        self._max_request_s = max_request_s
+
+    def unary(self, behavior: Behavior) -> Behavior:
+        """Around a handler that returns its response."""
+
+        async def handle(request: Any, context: Any) -> Any:
+            async def call() -> Any:
+                return await behavior(request, context)
+
+            return await self._run(call, context)
+
+        return handle
+
+    def stream(self, behavior: Behavior) -> Behavior:
+        """Around a handler that yields its responses, or writes them itself."""
+
+        async def handle(request: Any, context: Any) -> None:
+            async def call() -> None:
+                responses: AsyncIterable[Any] | Awaitable[None] = behavior(request, context)
+                if inspect.isawaitable(responses):
+                    await responses
+                    return
+                try:
+                    async for response in responses:
+                        await context.write(response)
+                finally:
+                    # A caller that leaves ends the generator now, not at garbage collection.
+                    await responses.aclose()  # type: ignore[attr-defined]
+
+            await self._run(call, context)
+
+        return handle
+
+    async def _run(self, call: Callable[[], Awaitable[Any]], context: Any) -> Any:
+        self._started.inc()
+        began = time.monotonic()
+        code = grpc.StatusCode.OK
+        allowed = context.time_remaining()
+        set_remaining_s(
+            self._max_request_s if allowed is None else min(allowed, self._max_request_s)
+        )
+        cap = asyncio.timeout(self._max_request_s)
+        try:
+            try:
+                async with cap:
+                    return await call()
+            except TimeoutError as error:
+                if not cap.expired():
+                    raise
+                raise DeadlineExceeded(
+                    f"the call took longer than the {self._max_request_s:g} s that this server "
+                    "allows; send less in one request.",
+                    reason="SERVER_TIME_LIMIT",
+                ) from error
+        except asyncio.CancelledError:
+            left = context.time_remaining()
+            is_late = left is not None and left <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            code = _abort_code(context)
+            raise
+        except Exception as error:
+            answer = as_service_error(error, "/".join(self._labels[1:]))
+            code = answer.code
+            await abort(context, answer)
+        finally:
+            metrics.GRPC_HANDLED.labels(*self._labels, code.name).inc()
+            self._seconds.observe(time.monotonic() - began)
+
+
+def as_service_error(error: Exception, method: str) -> ServiceError:
+    """What the caller of ``method`` is told; an unexpected error is logged and told by id alone."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, ModelError):
+        return PreconditionFailed(str(error), reason="MODEL")
+    if isinstance(error, UserError):
+        return InvalidRequest(str(error))
+    correlation_id = uuid.uuid4().hex[:12]
+    logger.error("%s failed, correlation id %s", method, correlation_id, exc_info=error)
+    return InternalError(
+        f"internal error in {method}; the server's log explains it under id {correlation_id}.",
+        reason="INTERNAL",
+        metadata={"correlation_id": correlation_id},
+    )
+
+
+async def abort(context: Any, error: ServiceError) -> None:
+    """End the call with the status, details and trailers of ``error``."""
+    await context.abort(error.code, error.message, trailing_metadata=trailing_metadata(error))
+
+
+def _abort_code(context: Any) -> grpc.StatusCode:
+    code = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code
+    return next(
+        (status for status in grpc.StatusCode if status.value[0] == code), grpc.StatusCode.UNKNOWN
+    )
+
+
+def _observing(
+    histogram: Any, convert: Callable[[Any], Any] | None, *, is_before: bool
+) -> Callable[[Any], Any]:
+    """``convert`` between bytes and message, observing the number of bytes."""
+
+    def observe(value: Any) -> Any:
+        converted = convert(value) if convert is not None else value
+        histogram.observe(len(value if is_before else converted))
+        return converted
+
+    return observe
+
+
+def _refuse(error: ServiceError) -> grpc.RpcMethodHandler:
+    """A handler that answers ``error`` to any call of any kind."""
+
+    async def handle(_requests: Any, context: Any) -> None:
+        await abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(handle)

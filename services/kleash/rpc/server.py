@@ -1,0 +1,373 @@
+"""The process around services: ports, loading, health, metrics, drain.
+
+bind ports ─► NOT_SERVING ─► load ─► register ─► start ─► SERVING ... SIGTERM or SIGINT
+                                                                         │
+   exit ◄─ stop services ◄─ running calls end (grace) ◄─ wait (delay) ◄─ NOT_SERVING
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import prometheus_client
+import pydantic
+from grpc_reflection.v1alpha import reflection
+
+from kleash.base import metrics
+from kleash.base.config import Config
+from kleash.base.errors import UserError
+from kleash.rpc.health import HealthBoard
+from kleash.rpc.interceptors import CallInterceptor
+from kleash.rpc.service import Service
+
+logger = logging.getLogger(__name__)
+
+HEALTH_SERVICE = "grpc.health.v1.Health"
+REFRESH_S = 0.25
+
+
+class ServerConfig(Config):
+    """Where a server listens, what it accepts and how it stops."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 or :: for every interface."""
+    port: int = pydantic.Field(default=0, ge=0, lt=65536)
+    """Port for gRPC; 0 takes any free one."""
+    health_port: int = pydantic.Field(default=0, ge=0, lt=65536)
+    """Second port with the health service alone, always without TLS; 0 for none, as the gRPC port
+    serves health in any case."""
+    metrics_port: int = pydantic.Field(default=0, ge=0, lt=65536)
+    """Port of the Prometheus page /metrics; 0 for none."""
+    drain_delay_s: float = pydantic.Field(default=0.0, ge=0)
+    """Seconds between NOT_SERVING and refusing new calls, so that balancers notice; 15 behind
+    Kubernetes DNS."""
+    drain_grace_s: float = pydantic.Field(default=30.0, ge=0)
+    """Seconds that running calls have to end after that."""
+    max_request_s: float = pydantic.Field(default=600.0, gt=0)
+    """Longest time for one call, whatever its deadline."""
+    max_message_bytes: int = pydantic.Field(default=64 * 1024 * 1024, ge=1024)
+    """Largest message, received or sent."""
+    reflection: bool = True
+    """Whether clients such as grpcurl can list the services."""
+    max_concurrent_streams: int = pydantic.Field(default=256, ge=1)
+    """Calls at a time on one connection; bounds the memory for requests that wait to be read."""
+    max_connection_age_s: float = pydantic.Field(default=120.0, gt=0)
+    """Seconds after which a connection is renewed, so that clients find new replicas."""
+    liveness_limit_s: float = pydantic.Field(default=300.0, gt=0)
+    """Seconds without a sign of life from a busy model thread until "liveness" is NOT_SERVING."""
+
+
+async def serve(
+    services: Sequence[Service],
+    config: ServerConfig,
+    *,
+    on_ready: Callable[[int], None] | None = None,
+) -> None:
+    """Host ``services`` until SIGTERM or SIGINT, then drain and return.
+
+    Ports are bound before anything is loaded. ``on_ready`` gets the gRPC port once calls are
+    served. Signals are handled when this runs in the main thread. A second signal ends the process at once.
+
+    Raises UserError for a port or host that cannot be used, and what a service's ``load`` raises.
+    """
+    stop = asyncio.Event()
+    with _Signals(stop):
+        await _Host(services, config).run(stop, on_ready)
+
+
+class BackgroundServer:
+    """Runs a server in a thread of this process: for the trainer's own service, tests, benchmarks.
+
+    All of them share one event loop: grpc.aio does not work with several in one process
+    (https://github.com/grpc/grpc/issues/42357).
+    """
+
+    def __init__(self, services: Sequence[Service], config: ServerConfig | None = None) -> None:
+        self._services = services
+        self._config = config or ServerConfig()
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """Where clients connect, "127.0.0.1:50051"."""
+        return _join(self._config.host, self.port)
+
+    def __enter__(self) -> BackgroundServer:
+        ready: concurrent.futures.Future[int] = concurrent.futures.Future()
+        self._stop = asyncio.Event()
+
+        async def run() -> None:
+            try:
+                await _Host(self._services, self._config).run(self._stop, ready.set_result)
+            except BaseException as error:
+                if ready.done():
+                    raise
+                ready.set_exception(error)
+
+        self._loop = _background_loop()
+        self._done = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        self.port = ready.result()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._done.result()
+
+
+class _Host:
+    """One server's ports, services and health."""
+
+    def __init__(self, services: Sequence[Service], config: ServerConfig) -> None:
+        self._services = services
+        self._config = config
+        self._names = tuple(name for service in services for name in service.full_names)
+        self._interceptor = CallInterceptor(self._names, max_request_s=config.max_request_s)
+        self._health = HealthBoard(self._names)
+        self._is_draining = False
+        self._started: list[Service] = []
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[int], None] | None) -> None:
+        """Serve until ``stop`` is set."""
+        config = self._config
+        server, port = self._bind_main()
+        probes = self._bind_health()
+        page = _serve_metrics(config)
+        await server.start()
+        if probes is not None:
+            await probes.start()
+        try:
+            if await self._load(server, stop):
+                refresh = asyncio.create_task(self._refresh_health(), name="health")
+                await self._show_health()
+                logger.info("serving %s on %s", ", ".join(self._names), _join(config.host, port))
+                if on_ready is not None:
+                    on_ready(port)
+                await stop.wait()
+                logger.info(
+                    "draining: NOT_SERVING, then at most %g s for running calls",
+                    config.drain_grace_s,
+                )
+                self._is_draining = True
+                await self._show_health()
+                await asyncio.sleep(config.drain_delay_s)
+                refresh.cancel()
+        finally:
+            self._health.end_watches()
+            await server.stop(config.drain_grace_s)
+            await self._stop_services()
+            if probes is not None:
+                await probes.stop(None)
+            if page is not None:
+                page()
+
+    def _bind_main(self) -> tuple[grpc.aio.Server, int]:
+        config = self._config
+        server = grpc.aio.server(interceptors=[self._interceptor], options=_server_options(config))
+        self._health.register(server)
+        if config.reflection:
+            reflection.enable_server_reflection(
+                (*self._names, HEALTH_SERVICE, reflection.SERVICE_NAME), server
+            )
+        return server, _bind(server, config.host, config.port, key="server.port")
+
+    def _bind_health(self) -> grpc.aio.Server | None:
+        if not self._config.health_port:
+            return None
+        server = grpc.aio.server(options=_server_options(self._config))
+        self._health.register(server)
+        _bind(server, self._config.host, self._config.health_port, key="server.health_port")
+        return server
+
+    async def _load(self, server: grpc.aio.Server, stop: asyncio.Event) -> bool:
+        """Load and start every service; False when told to stop before the end."""
+        for service in self._services:
+            began = time.monotonic()
+            loading = _in_thread(service.load)
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not loading.done():
+                return False
+            loading.result()
+            service.register(server)
+            await service.start()
+            self._started.append(service)
+            self._interceptor.mark_loaded(service.full_names)
+            label = service.full_names[0].split(".")[1]
+            metrics.MODEL_LOADED.labels(label).set(1)
+            metrics.MODEL_LOAD_SECONDS.labels(label).set(time.monotonic() - began)
+        return not stop.is_set()
+
+    async def _refresh_health(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            await self._show_health()
+
+    async def _show_health(self) -> None:
+        ready = {
+            name: service.is_ready() and not self._is_draining
+            for service in self._services
+            for name in service.full_names
+        }
+        oldest = max((service.heartbeat_age_s() for service in self._services), default=0.0)
+        await self._health.show(ready, is_alive=oldest < self._config.liveness_limit_s)
+
+    async def _stop_services(self) -> None:
+        for service in self._started:
+            metrics.MODEL_LOADED.labels(service.full_names[0].split(".")[1]).set(0)
+            try:
+                await asyncio.wait_for(service.stop(), timeout=max(self._config.drain_grace_s, 1.0))
+            except TimeoutError:
+                logger.warning("%s did not finish its work in time", service.full_names[0])
+
+
+class _Signals:
+    """SIGTERM and SIGINT set an event, once; a second one has its ordinary effect."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self._installed: tuple[signal.Signals, ...] = ()
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._loop = asyncio.get_running_loop()
+        self._installed = (signal.SIGTERM, signal.SIGINT)
+        for number in self._installed:
+            self._loop.add_signal_handler(number, self._receive)
+
+    def __exit__(self, *_exception: object) -> None:
+        self._remove()
+
+    def _receive(self) -> None:
+        self._stop.set()
+        self._remove()
+
+    def _remove(self) -> None:
+        for number in self._installed:
+            self._loop.remove_signal_handler(number)
+        self._installed = ()
+
+
+def _server_options(config: ServerConfig) -> list[tuple[str, int]]:
+    age_ms = round(config.max_connection_age_s * 1e3)
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
+        # Two servers on one port would each get half of the calls; a taken port must be an error.
+        ("grpc.so_reuseport", 0),
+        # gRPC ignores an unknown key silently; a wrong one here means "Too many pings".
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_age_ms", age_ms),
+        ("grpc.max_connection_age_grace_ms", round(config.max_request_s * 1e3)),
+    ]
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, *, key: str) -> int:
+    """Listen, or say in one sentence why not."""
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise UserError(
+            f"host '{host}' cannot be resolved; set --server.host to an address of this machine."
+        ) from None
+    try:
+        return server.add_insecure_port(_join(host, port))
+    except RuntimeError:
+        raise _bind_error(host, port, key) from None
+
+
+def _bind_error(host: str, port: int, key: str) -> UserError:
+    """gRPC does not tell why a port cannot be bound: a plain socket does."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        try:
+            probe.bind(address)
+        except OSError as error:
+            return _port_error(error, host, port, key)
+    return UserError(f"port {port} on {host} is in use; choose another with --{key}.")
+
+
+def _port_error(error: OSError, host: str, port: int, key: str) -> UserError:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return UserError(
+            f"{host} is not an address of this machine; set --server.host to one that is."
+        )
+    if error.errno == errno.EACCES:
+        return UserError(f"port {port} on {host} needs privileges; choose another with --{key}.")
+    return UserError(f"port {port} on {host} is in use; choose another with --{key}.")
+
+
+def _serve_metrics(config: ServerConfig) -> Callable[[], None] | None:
+    """Start the /metrics page; returns what ends it."""
+    if not config.metrics_port:
+        return None
+    prometheus_client.disable_created_metrics()
+    try:
+        page, thread = prometheus_client.start_http_server(config.metrics_port, addr=config.host)
+    except OSError as error:
+        raise _port_error(error, config.host, config.metrics_port, "server.metrics_port") from None
+
+    def end() -> None:
+        page.shutdown()
+        page.server_close()
+        thread.join()
+
+    return end
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _in_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Run ``function`` in a daemon thread: a load that hangs must not keep the process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def finish(result: Any, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result, failure = None, None
+        try:
+            result = function()
+        except BaseException as error:
+            failure = error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(finish, result, failure)
+
+    threading.Thread(target=work, name="kleash-load", daemon=True).start()
+    return future
+
+
+_loop_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of every BackgroundServer, started at the first."""
+    global _loop  # noqa: PLW0603
+    with _loop_lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="kleash-servers", daemon=True).start()
+        return _loop
