@@ -27,13 +27,15 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_command_help_shows_keys_without_torch(command: str) -> None:
     code = (
         f"import sys; from kleash.cli.main import main; status = main([{command!r}, '--help']);"
         "sys.exit('torch was imported' if 'torch' in sys.modules else status)"
     )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
     assert "--" in result.stdout
 
 
@@ -41,7 +43,10 @@ def test_command_help_shows_keys_without_torch(command: str) -> None:
     ("arguments", "sentence"),
     [
         (["traim"], "unknown command 'traim'"),
-        (["sft", "--model=x", "--data=y", "--out=z", "--learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (
+            ["sft", "--model=x", "--data=y", "--out=z", "--learning_rat=1"],
+            "unknown key 'learning_rat'; did you mean 'learning_rate'?",
+        ),
         (["sft", "--data=y", "--out=z"], "'model' is required"),
         (["sft", "nowhere.toml"], "cannot read the configuration file nowhere.toml"),
         (["serve"], "name at least one service"),

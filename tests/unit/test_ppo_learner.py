@@ -1,4 +1,4 @@
-"""The trainer on real tiny models, in one process: facts/ppo.md section 4, rows 1-3, 8-11, 18-26, 42.
+"""The trainer on tiny models in one process: facts/ppo.md section 4, rows 1-3, 8-11, 16-28, 42.
 
 Policy, reward and reference are the services' own engines without gRPC. The model is a random Llama
 of two layers; numbers in comments are what the bug of that row would give.
@@ -10,15 +10,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+
 from kleash.base.config import load_config
 from kleash.base.errors import ConfigError
 from kleash.client.types import GeneratedSequence, Prompt, Sampling
-from kleash.data.prompts import load_prompts
 from kleash.lm.digest import canonical_tensors, model_digest, tokenizer_sha256
 from kleash.lm.heads import ValueModel
 from kleash.lm.load import load_causal_lm, load_tokenizer
@@ -27,104 +27,21 @@ from kleash.policy.local import LocalPolicy, LocalWeights
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.learner import Learner
 from kleash.ppo.publish import Publisher
-from kleash.ppo.rollout import Collector, Rollout, RolloutError, Sample
+from kleash.ppo.report import PPOReport
+from kleash.ppo.rollout import RolloutError, Sample
 from kleash.ppo.services import Services
 from kleash.ppo.train import train
 from kleash.reference.config import ReferenceConfig
 from kleash.reference.local import LocalReference
-from kleash.reward.config import RewardConfig
-from kleash.reward.local import LocalReward
 from kleash.rpc.errors import Unavailable
+
+if TYPE_CHECKING:
+    from conftest import World
 
 pytestmark = pytest.mark.unit
 
-PROMPTS = [
-    "<|user|>What is 3 plus 4?<|assistant|>",
-    "<|user|>Which is bigger, 9 or 12?<|assistant|>",
-    "the quick brown fox",
-    "<|user|>hello<|assistant|>",
-    "says",
-    "<|user|>What is 9 plus 12?<|assistant|>",
-]
 EXACT = 1e-5
 """Same numbers from the same weights in batches of another shape: rounding of float32."""
-
-
-@dataclass(frozen=True, eq=False)
-class World:
-    """Folders, and the two frozen services that every test shares."""
-
-    model: Path
-    reward_model: Path
-    prompts: Path
-    reward: LocalReward
-    reference: LocalReference
-
-    def config(self, out: Path, **changes: Any) -> PPOConfig:
-        """A run of two steps; ``changes`` are sections or keys."""
-        keys: dict[str, Any] = {
-            "out": out,
-            "prompts": str(self.prompts),
-            "model": self.model,
-            "reward_model": self.reward_model,
-            "total_steps": 2,
-            "batch_size": 12,
-            "max_prompt_tokens": 40,
-            "sampling": {"temperature": 0.7, "max_new_tokens": 12},
-            "algorithm": {"epochs": 2, "minibatches": 2},
-            "policy": {"learning_rate": 1e-3},
-            "value": {"learning_rate": 1e-3},
-            "services": {"group_size": 4, "wait_s": 5},
-        }
-        for name, value in changes.items():
-            keys[name] = {**keys.get(name, {}), **value} if isinstance(value, dict) else value
-        return PPOConfig.model_validate(keys)
-
-    def services(self, num_policies: int = 1) -> Services:
-        """Fresh policy replicas beside the shared frozen services."""
-        policies = [LocalPolicy.load(PolicyConfig(model=self.model)) for _ in range(num_policies)]
-        return Services(
-            policies=policies,
-            weights=[LocalWeights(policy.engine) for policy in policies],
-            reward=self.reward,
-            reference=self.reference,
-        )
-
-    def collector(self, services: Services, config: PPOConfig, **changes: Any) -> Collector:
-        return Collector(
-            services,
-            config,
-            tokenizer_sha256=tokenizer_sha256(load_tokenizer(self.model)),
-            reward_revision=self.reward.get_model().model.revision,
-            reference_revision=self.reference.get_model().model.revision,
-            **{"republish": lambda replica, version: None, **changes},
-        )
-
-    def rollout(self, config: PPOConfig, services: Services | None = None) -> Rollout:
-        """Responses of the SFT policy, which is version 0 and the reference at the same time."""
-        collector = self.collector(services or self.services(), config)
-        records = load_prompts(config.prompts, load_tokenizer(self.model), max_tokens=40)
-        prompts = (list(records) * config.batch_size)[: config.batch_size]
-        return collector.collect(prompts, seed=7, weights_version=0)
-
-    def learner(self, config: PPOConfig) -> Learner:
-        policy = load_causal_lm(self.model)
-        return Learner(policy, ValueModel.from_reward_model(self.reward_model), config)
-
-
-@pytest.fixture(scope="module")
-def world(
-    tiny_folder: Path, tiny_reward_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> World:
-    prompts = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    return World(
-        model=tiny_folder,
-        reward_model=tiny_reward_folder,
-        prompts=prompts,
-        reward=LocalReward.load(RewardConfig(model=tiny_reward_folder)),
-        reference=LocalReference.load(ReferenceConfig(model=tiny_folder)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +56,6 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def learned(metrics: Path) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl without what depends on the clock or on evaluation."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if not k.endswith("_s") and not k.startswith("time_")}
-        for row in rows
-        if "step_s" in row
-    ]
 
 
 # ---------------------------------------------------------------------------------- the rollout
@@ -218,11 +125,14 @@ def test_rows_come_in_the_order_of_the_prompts_and_repeats_differ(
     assert first.ids.tolist() != second.ids.tolist()
 
 
-def test_a_response_that_ends_with_the_stop_token_is_stopped(samples: list[Sample]) -> None:
-    """Rows 28 and 29; end of sequence is id 1, the limit is 12 tokens."""
+def test_a_response_that_ends_with_a_stop_token_is_stopped(
+    world: World, samples: list[Sample]
+) -> None:
+    """Rows 28 and 29: the rule follows the stop ids of the run, and the stop token is kept."""
     for sample in samples:
-        assert sample.is_stopped == (sample.sequence.ids[-1] == 1)
+        assert sample.is_stopped == (sample.sequence.ids[-1] in world.stop_ids)
         assert sample.is_stopped or sample.sequence.response_length == 12
+    assert 0 < sum(sample.is_stopped for sample in samples) < len(samples)
 
 
 def test_two_replicas_draw_what_one_draws(
@@ -320,9 +230,7 @@ def test_rewards_sum_to_the_score_minus_the_leash(
     world: World, samples: list[Sample], tmp_path: Path
 ) -> None:
     """Row 11, and the missing-EOS rule tied to the finish reason (row 28)."""
-    config = world.config(
-        tmp_path, kl={"coefficient": 0.3}, algorithm={"missing_eos": "subtract"}
-    )
+    config = world.config(tmp_path, kl={"coefficient": 0.3}, algorithm={"missing_eos": "subtract"})
     learner = world.learner(config)
     with torch.no_grad():
         learner.policy.get_input_embeddings().weight.mul_(1.2)
@@ -412,7 +320,7 @@ def test_the_split_into_micro_batches_does_not_matter(
         batch, _ = learner.prepare(samples)
         # Another learner's policy is not the old one: nothing about the loss is trivial.
         with torch.no_grad():
-            learner.policy.get_input_embeddings().weight.mul_(1.05)
+            learner.policy.get_input_embeddings().weight.mul_(1.3)
         figures = learner.update(batch, step=1)
         results.append((figures, weights(learner.policy), weights(learner.value)))
     (figures, policy, value), *others = results
@@ -533,57 +441,82 @@ def test_the_pretraining_mix_adds_its_cross_entropy(
 # ------------------------------------------------------------------------------------ whole runs
 
 
-def test_a_run_changes_the_policy_and_nothing_that_is_frozen(world: World, tmp_path: Path) -> None:
-    """Row 26, and that every step published what was learned."""
-    frozen = (world.reward._scorer.model, world.reference._scorer.model)
-    before = [model_digest(model) for model in frozen]
-    services = world.services()
-    report = train(world.config(tmp_path / "run"), services)
-    assert [model_digest(model) for model in frozen] == before
-    assert before[1] == report.digests["sft_checkpoint"]
-    served = services.weights[0].get_weights()
-    assert served.digest == report.digests["policy"] != report.digests["sft_checkpoint"]
-    assert served.version == report.weights_version == 3
-    saved = load_causal_lm(tmp_path / "run" / "policy")
-    assert model_digest(saved) == report.digests["policy"]
-    lineage = json.loads((tmp_path / "run" / "policy" / "kleash.json").read_text())
+@dataclass(frozen=True)
+class Run:
+    """A finished run of two steps with seed 0."""
+
+    out: Path
+    report: PPOReport
+    services: Services
+    frozen_before: list[str]
+    frozen_after: list[str]
+
+
+@pytest.fixture(scope="module")
+def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    services, out = world.services(), tmp_path_factory.mktemp("runs") / "run"
+    models = [world.reward._scorer.frozen.model, world.reference._scorer.frozen.model]
+    before = [model_digest(model) for model in models]
+    report = train(world.config(out), services)
+    return Run(out, report, services, before, [model_digest(model) for model in models])
+
+
+def test_a_run_changes_nothing_that_is_frozen(run: Run) -> None:
+    """Row 26."""
+    assert run.frozen_before == run.frozen_after
+    assert run.report.digests["reward_model"] == run.frozen_before[0]
+    assert run.report.digests["sft_checkpoint"] == run.frozen_before[1]
+    assert run.report.digests["policy"] != run.frozen_before[1]
+
+
+def test_the_last_policy_is_served_and_saved(run: Run) -> None:
+    served = run.services.weights[0].get_weights()
+    assert served.digest == run.report.digests["policy"]
+    assert served.version == run.report.weights_version == 3
+    assert model_digest(load_causal_lm(run.out / "policy")) == run.report.digests["policy"]
+    lineage = json.loads((run.out / "policy" / "kleash.json").read_text())
     assert lineage["stage"] == "ppo"
-    assert lineage["parent_digest"] == report.digests["sft_checkpoint"]
-    assert lineage["digest"] == report.digests["policy"]
-    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert lineage["parent_digest"] == run.report.digests["sft_checkpoint"]
+    assert lineage["digest"] == run.report.digests["policy"]
+    written = json.loads((run.out / "report.json").read_text())
     assert written["steps"] == 2
-    assert written["reward_mean_last"] == report.reward_mean_last
+    assert written["reward_mean_last"] == run.report.reward_mean_last
 
 
-def judge(record: Any, response: str) -> dict[str, float]:
-    """A judge for the evaluation below."""
-    return {"total": float(len(response)), "prompt": float(len(record.text))}
-
-
-def test_evaluation_does_not_change_the_training(world: World, tmp_path: Path) -> None:
-    train(world.config(tmp_path / "without"), world.services())
-    evaluation = {"prompts": str(world.prompts), "every": 1, "num_prompts": 4}
-    with_evaluation = world.config(tmp_path / "with", evaluation=evaluation)
-    report = train(with_evaluation, world.services())
-    assert learned(tmp_path / "with" / "metrics.jsonl") == learned(
-        tmp_path / "without" / "metrics.jsonl"
-    )
-    assert sorted(path.name for path in (tmp_path / "with" / "evaluations").iterdir()) == [
-        f"step-{step:06d}.jsonl" for step in (0, 1, 2)
-    ]
-    assert report.evaluation_first["step"] == 0
-    assert report.evaluation_first["evaluation/kl_per_sequence"] == pytest.approx(0, abs=EXACT)
-    assert abs(report.evaluation_last["evaluation/kl_per_sequence"]) > 1e-4
-
-
-def test_two_runs_of_one_seed_are_identical_and_of_two_seeds_are_not(
-    world: World, tmp_path: Path
+def test_evaluation_does_not_change_the_training(
+    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train(world.config(tmp_path / name, seed=seed), world.services())
-    a, b, c = (learned(tmp_path / name / "metrics.jsonl") for name in "abc")
-    assert a == b
-    assert a != c
+    """The same seed gives the same run, with or without evaluations in between."""
+    code = "def judge(record, response): return float(len(response))"
+    (tmp_path / "judge_of_length.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    evaluation = {
+        "prompts": str(world.prompts),
+        "every": 1,
+        "num_prompts": 4,
+        "judge": "judge_of_length:judge",
+    }
+    report = train(world.config(tmp_path / "run", evaluation=evaluation), world.services())
+    assert world.learned(tmp_path / "run") == world.learned(run.out)
+    files = sorted((tmp_path / "run" / "evaluations").iterdir())
+    assert [path.name for path in files] == [f"step-{step:06d}.jsonl" for step in (0, 1, 2)]
+    first, last = report.evaluation_first, report.evaluation_last
+    assert (first["step"], last["step"]) == (0, 2)
+    assert first["evaluation/kl_per_sequence"] == pytest.approx(0, abs=EXACT)
+    assert abs(last["evaluation/kl_per_sequence"]) > 1e-4
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == list(world.texts[:4])
+    assert first["evaluation/score_mean"] == pytest.approx(np.mean([row["score"] for row in rows]))
+    assert first["evaluation/judge"] == pytest.approx(
+        np.mean([len(row["response"]) for row in rows])
+    )
+
+
+def test_another_seed_gives_another_run(world: World, run: Run, tmp_path: Path) -> None:
+    train(world.config(tmp_path / "run", seed=4, total_steps=1), world.services())
+    assert (
+        world.learned(tmp_path / "run")[0]["score_mean"] != world.learned(run.out)[0]["score_mean"]
+    )
 
 
 def test_a_reference_that_is_not_the_sft_checkpoint_is_refused(
@@ -607,9 +540,7 @@ def test_a_service_with_another_tokenizer_is_refused(world: World, tmp_path: Pat
 
     other = write_tiny_folder(tmp_path / "other", "llama", ["entirely different text"])
     policy = LocalPolicy.load(PolicyConfig(model=other))
-    services = replace(
-        world.services(), policies=[policy], weights=[LocalWeights(policy.engine)]
-    )
+    services = replace(world.services(), policies=[policy], weights=[LocalWeights(policy.engine)])
     with pytest.raises(ConfigError, match="the policy service has another tokenizer"):
         train(world.config(tmp_path / "run"), services)
     assert not (tmp_path / "run").exists()

@@ -16,26 +16,55 @@ pytestmark = pytest.mark.unit
 def _report() -> dict[str, Any]:
     scores = {"total": 0.123, "helpful": 0.456, "harmless": 0.789, "honest": -0.321}
     return {
-        "title": "A run", "summary": "What it is.",
+        "title": "A run",
+        "summary": "What it is.",
         "stages": {
             "sft": {"loss": 0.5},
-            "reward_model": {"accuracy": 0.701, "accuracy_ci95": [0.6, 0.8], "label_noise_ceiling": 0.777,
-                             "gold_sign_accuracy": 0.888,
-                             "calibration": [{"predicted": 0.1, "observed": 0.2}, {"predicted": 0.9, "observed": 0.8}]},
-            "ppo": {"steps": 2, "kl_per_sequence_nats": 3.14, "reward_mean_first": 0.0, "reward_mean_last": 1.0},
+            "reward_model": {
+                "accuracy": 0.701,
+                "accuracy_ci95": [0.6, 0.8],
+                "label_noise_ceiling": 0.777,
+                "gold_sign_accuracy": 0.888,
+                "calibration": [
+                    {"predicted": 0.1, "observed": 0.2},
+                    {"predicted": 0.9, "observed": 0.8},
+                ],
+            },
+            "ppo": {
+                "steps": 2,
+                "kl_per_sequence_nats": 3.14,
+                "reward_mean_first": 0.0,
+                "reward_mean_last": 1.0,
+            },
         },
-        "gold": {model: scores for model in ("base", "sft", "ppo")},
+        "gold": dict.fromkeys(("base", "sft", "ppo"), scores),
         "win_rate": {"ppo_vs_sft": {"rate": 0.654, "ci95": [0.61, 0.7], "n": 512}},
-        "wall_seconds": {"sft": 12.5}, "versions": {"kleash": "9.9"}, "digests": {"sft": "sha256:abc"},
+        "wall_seconds": {"sft": 12.5},
+        "versions": {"kleash": "9.9"},
+        "digests": {"sft": "sha256:abc"},
     }
 
 
 def test_page_holds_the_figures_and_escapes_text(tmp_path: Path) -> None:
-    steps = [{"step": 1, "score_mean": 0.0, "kl_per_sequence": 0.0}, {"step": 2, "score_mean": 1.0, "kl_per_sequence": 2.0}]
+    steps = [
+        {"step": 1, "score_mean": 0.0, "kl_per_sequence": 0.0},
+        {"step": 2, "score_mean": 1.0, "kl_per_sequence": 2.0},
+    ]
     samples = [DialogueSample("<b>hi</b>", "sum", "before", 0.25, "after", 0.75)]
     render_report(_report(), steps, samples, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    for figure in ("65.4", "70.1", "77.7", "88.8", "3.14", "0.456", "sha256:abc", "n = 512", "12.5", "(better)"):
+    for figure in (
+        "65.4",
+        "70.1",
+        "77.7",
+        "88.8",
+        "3.14",
+        "0.456",
+        "sha256:abc",
+        "n = 512",
+        "12.5",
+        "(better)",
+    ):
         assert figure in page
     assert "<b>hi</b>" not in page
     assert "&lt;b&gt;hi&lt;/b&gt;" in page

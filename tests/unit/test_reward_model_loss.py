@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from kleash.base.errors import DataError
 from kleash.data.comparisons import Ranking
-from kleash.lm.sequences import TokenSequence
+from kleash.lm.heads import last_token_scores, reward_model_from_causal_lm
+from kleash.lm.sequences import TokenSequence, pack
 from kleash.reward_model.batches import hold_out, micro_batches, ranking_sequences
 from kleash.reward_model.evaluation import calibration_bins, evaluate, winner_minus_loser
 from kleash.reward_model.loss import pair_losses, pair_weights, ranking_loss
@@ -179,6 +181,26 @@ def test_a_batch_holds_the_right_tokens_pairs_and_margins() -> None:
     assert batch.pairs.tolist() == [[1, 0], [4, 2], [2, 3]]
     assert batch.margins.tolist() == [1.0, 0.5, 0.25]
     assert batch.weights.tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 4])
+
+
+def test_gradient_is_that_of_the_mean_over_prompts(tiny_folder: Path) -> None:
+    """Bug 19 on a real model: whatever the micro-batches, each prompt counts alike."""
+    rankings = [make_ranking(2 + i % 3, seed=i, prompt=3 + i) for i in range(6)]
+    model = reward_model_from_causal_lm(tiny_folder, seed=0)
+    losses = []
+    for ranking in rankings:
+        scores = last_token_scores(model, pack(ranking_sequences(ranking)))
+        terms = [-torch.log(torch.sigmoid(scores[i] - scores[j])) for i, j, _ in ranking.pairs]
+        losses.append(torch.stack(terms).mean())
+    torch.stack(losses).mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for tokens in (1, 120, 100_000):
+        model.zero_grad()
+        for part in micro_batches(rankings, tokens):
+            scores = last_token_scores(model, part.responses)
+            ranking_loss(scores, part.pairs, part.weights, part.margins).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
 
 
 def test_whole_prompts_are_held_out() -> None:

@@ -39,7 +39,7 @@ def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
 
     At most one argument without leading dashes is the path of a TOML or JSON file. Flags are
     ``--section.key=value`` or ``--section.key value``; dashes in a key count as underscores, and
-    ``--flag`` alone means true. Values are read as JSON or TOML literals where the field is not a string.
+    ``--flag`` alone means true. Values are JSON or TOML literals where the field is not a string.
 
     Raises ConfigError with one sentence per problem.
     """
@@ -61,13 +61,30 @@ def save_config(config: Config, path: Path) -> None:
 def describe_config(config_class: type[Config]) -> Iterator[tuple[str, str, str, str]]:
     """Yield (key, type, default, documentation) for every field, nested sections flattened."""
     for key, field in _fields(config_class):
-        default = "required" if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
-        yield key, _type_name(field.annotation), default, " ".join((field.description or "").split())
+        default = (
+            "required"
+            if field.is_required()
+            else json.dumps(_plain(field.get_default(call_default_factory=True)))
+        )
+        yield (
+            key,
+            _type_name(field.annotation),
+            default,
+            " ".join((field.description or "").split()),
+        )
 
 
 def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, pydantic.BaseModel) else (
-        str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return (
+        value.model_dump(mode="json")
+        if isinstance(value, pydantic.BaseModel)
+        else (
+            str(value)
+            if isinstance(value, Path)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
     )
 
 
@@ -106,7 +123,9 @@ def _split_arguments(
         argument = rest.pop(0)
         if not argument.startswith("--"):
             if path is not None:
-                raise ConfigError(f"two configuration files, {path} and {argument}: give one; flags start with --.")
+                raise ConfigError(
+                    f"two configuration files, {path} and {argument}: give one; flags start with --."
+                )
             path = Path(argument)
             continue
         key, equals, text = argument[2:].partition("=")
@@ -135,11 +154,15 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror or error}.") from None
+        raise ConfigError(
+            f"cannot read the configuration file {path}: {error.strerror or error}."
+        ) from None
     try:
         return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}.") from None
+        raise ConfigError(
+            f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}."
+        ) from None
 
 
 def _set_nested(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -12,7 +12,7 @@ class Progress(Protocol):
         """Begin a task of ``total`` units."""
 
     def advance(self, count: int = 1, **figures: float) -> None:
-        """``count`` more units are done; ``figures`` are shown beside the bar (loss, reward, KL)."""
+        """``count`` more units are done; ``figures`` are shown beside the bar (loss, KL)."""
 
     def finish(self) -> None:
         """The task is over."""

@@ -1,7 +1,8 @@
 """Digests that identify weights, tokenizers and chat templates, and the canonical tensor list.
 
 A model's digest covers name, data type, shape and bits of every tensor under its checkpoint name;
-tied tensors count once. The same function names a frozen reference, a checkpoint and a published version.
+tied tensors count once. The same function names a frozen reference, a checkpoint and a published
+version.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ import numpy as np
 import torch
 import xxhash
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
-               torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 """Data types as safetensors names them."""
 
 
 def canonical_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by checkpoint name, sorted, tied tensors once. Live, not copies."""
+    """Parameters and persistent buffers by checkpoint name, sorted, tied once. Live, not copies."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     persistent = model.state_dict().keys()
     tensors.update((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
@@ -29,7 +38,7 @@ def canonical_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's little-endian bytes as a flat uint8 array; a view when it is contiguous on the CPU."""
+    """The tensor's little-endian bytes, flat uint8; a view when it is contiguous on the CPU."""
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -49,17 +58,20 @@ def combine_digests(entries: Iterable[tuple[str, str, tuple[int, ...], bytes]]) 
 def model_digest(model: torch.nn.Module) -> str:
     """Digest of a model's weights: ``sha256:`` and 64 hexadecimal digits."""
     return combine_digests(
-        (name, DTYPE_NAMES[t.dtype], tuple(t.shape), tensor_digest(t)) for name, t in canonical_tensors(model).items()
+        (name, DTYPE_NAMES[t.dtype], tuple(t.shape), tensor_digest(t))
+        for name, t in canonical_tensors(model).items()
     )
 
 
 def schema_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of names, data types and shapes alone: equal for two versions of one model."""
-    return combine_digests((name, DTYPE_NAMES[t.dtype], tuple(t.shape), b"") for name, t in tensors.items())
+    return combine_digests(
+        (name, DTYPE_NAMES[t.dtype], tuple(t.shape), b"") for name, t in tensors.items()
+    )
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """SHA-256 of everything that turns text into ids and back, in hexadecimal; not the chat template."""
+    """SHA-256 of what turns text into ids and back, in hexadecimal; not the chat template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
 
-from kleash.base.config import Config
 from kleash.base.errors import ModelError
+from kleash.lm.config import Dtype, FrozenModelConfig
 from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
-from kleash.lm.load import Dtype, load_tokenizer, max_positions
-
-
-class FrozenModelConfig(Config):
-    """Which model a scoring service serves, and where it computes."""
-
-    model: Path
-    """Model folder in Hugging Face form, with safetensors weights."""
-    name: str = ""
-    """Name under which the model is served; empty means the folder's name."""
-    dtype: Dtype = "float32"
-    """Data type of the weights."""
-    device: str = "auto"
-    """Torch device ("cpu", "cuda", "cuda:1"); auto means cuda when there is one, else cpu."""
-    pad_token: str | None = None
-    """Pad token for a tokenizer without one; its id is part of the tokenizer's digest."""
-    chat_template: Path | None = None
-    """File with a Jinja chat template to use in place of the tokenizer's."""
-    num_threads: int = pydantic.Field(default=0, ge=0)
-    """CPU threads of torch in this process; 0 keeps torch's own choice."""
+from kleash.lm.load import load_tokenizer, max_positions
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kleash.base.errors import ModelError
-from kleash.lm.load import Dtype, load_causal_lm, load_sequence_classifier
+from kleash.lm.config import Dtype
+from kleash.lm.load import load_causal_lm, load_sequence_classifier
 from kleash.lm.sequences import PackedBatch
 
 

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 
 from kleash.base.errors import ConfigError, ModelError
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from kleash.lm.config import Dtype
 
 
 def check_model_folder(folder: Path | str) -> Path:
@@ -76,7 +75,7 @@ def load_tokenizer(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # tokenizers reports a damaged file as a bare Exception
-        raise ModelError(f"cannot load the tokenizer in {folder}: {_one_line(error)}") from None
+        raise ModelError(f"cannot load the tokenizer in {folder}: {_reason(error)}") from None
     if chat_template is not None:
         tokenizer.chat_template = _read_chat_template(Path(chat_template))
     if pad_token is not None and tokenizer.pad_token != pad_token:
@@ -242,15 +241,16 @@ def _quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") + "."
+def _reason(error: Exception) -> str:
+    """Libraries go on with advice that does not apply here (upgrade, install, go online)."""
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."
 
 
 def _read_chat_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read the chat template {path}: {_one_line(error)}") from None
+        raise ModelError(f"cannot read the chat template {path}: {_reason(error)}") from None
 
 
 def _set_generation_tokens(model: Any, tokenizer: Any) -> None:
@@ -293,7 +293,7 @@ def _load(auto_class: str, folder: Path | str, dtype: Dtype | Literal["auto"], d
         )
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelError(
-            f"cannot load the model in {folder} as {auto_class}: {_one_line(error)}"
+            f"cannot load the model in {folder} as {auto_class}: {_reason(error)}"
         ) from None
     # transformers fills weights that the folder lacks with random numbers and carries on.
     if missing := sorted(loading["missing_keys"]):

@@ -19,7 +19,7 @@ class TokenSequence:
     """A prompt and its response.
 
     ``ids`` is int32 (prompt tokens, then response tokens); ``response_start`` is the index of the
-    first response token. Example: ids [5, 6, 7, 2], response_start 2 is prompt [5, 6], response [7, 2].
+    first response token. With ids [5, 6, 7, 2] and response_start 2 the response is [7, 2].
     """
 
     ids: np.ndarray
@@ -27,7 +27,9 @@ class TokenSequence:
 
     def __post_init__(self) -> None:
         if not 0 <= self.response_start <= len(self.ids):
-            raise ValueError(f"response_start {self.response_start} is outside of a sequence of {len(self.ids)} tokens.")
+            raise ValueError(
+                f"response_start {self.response_start} is outside of {len(self.ids)} tokens."
+            )
 
     @property
     def response_length(self) -> int:
@@ -85,9 +87,9 @@ def pack(sequences: Sequence[TokenSequence], device: torch.device | str = "cpu")
 
 
 def micro_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[int]]:
-    """Split into groups of indices, similar lengths together, at most ``max_tokens`` padded tokens each.
+    """Groups of indices, similar lengths together, at most ``max_tokens`` padded tokens each.
 
-    A sequence longer than ``max_tokens`` gets a group of its own. The split depends on the lengths alone.
+    A sequence longer than ``max_tokens`` gets a group of its own. Lengths alone decide.
     """
     return micro_batches_of_lengths([len(sequence.ids) for sequence in sequences], max_tokens)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kleash.base import metrics
 from kleash.base.errors import ModelError
 from kleash.lm.decode import Decoder, DecodeRequest, check_decodable
 from kleash.lm.frozen import FrozenModel, load_frozen
@@ -66,12 +67,26 @@ class Engine:
                 f"tokens do not fit into the memory of {frozen.device} beside the model; lower "
                 "max_running_sequences or limits.max_item_tokens."
             ) from None
-        weights = WeightsReceiver(frozen.model, loop, digest=frozen.revision)
+        weights = WeightsReceiver(
+            frozen.model,
+            loop,
+            digest=frozen.revision,
+            on_served=lambda old, new: _show_model(frozen, old, new),
+        )
+        _show_model(frozen, None, frozen.revision)
         requests = PolicyRequests(
             config, frozen, max_sequence_tokens=max_length, served=weights.get_weights
         )
         loop.start()
         return Engine(frozen, loop, weights, requests)
+
+
+def _show_model(frozen: FrozenModel, old: str | None, new: str) -> None:
+    """Export which weights are served; ``old`` are no longer."""
+    facts = (frozen.dtype, frozen.tokenizer_sha256)
+    if old is not None:
+        metrics.MODEL_INFO.remove("policy", frozen.name, old, *facts)
+    metrics.MODEL_INFO.labels("policy", frozen.name, new, *facts).set(1)
 
 
 def _warm_up(decoder: Decoder) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import grpc
 
-from kleash.base import metrics
 from kleash.policy.config import PolicyConfig
 from kleash.policy.engine import Engine
 from kleash.policy.servicer import PolicyServicer, WeightsServicer
@@ -18,7 +16,6 @@ from kleash.weights.v1 import weights_pb2_grpc
 class PolicyService:
     """Implements kleash.rpc.service.Service over an engine."""
 
-    name = "policy"
     full_names: tuple[str, ...] = (
         "kleash.policy.v1.PolicyService",
         "kleash.weights.v1.WeightsService",
@@ -37,14 +34,7 @@ class PolicyService:
 
     def load(self) -> None:
         """Load the model and warm it up. Blocks. Raises UserError."""
-        begin = time.perf_counter()
         self._engine = Engine.load(self._config)
-        frozen = self._engine.frozen
-        metrics.MODEL_LOAD_SECONDS.labels(self.name).set(time.perf_counter() - begin)
-        metrics.MODEL_LOADED.labels(self.name).set(1)
-        metrics.MODEL_INFO.labels(
-            self.name, frozen.name, frozen.revision, frozen.dtype, frozen.tokenizer_sha256
-        ).set(1)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add both servicers to ``server``; after load."""
@@ -68,4 +58,3 @@ class PolicyService:
         self._is_started = False
         if self._engine is not None:
             await asyncio.to_thread(self._engine.loop.stop)
-        metrics.MODEL_LOADED.labels(self.name).set(0)

@@ -1,5 +1,8 @@
 """The gRPC surface of the policy: PolicyService and WeightsService."""
 
+# Methods are named as the RPCs are, and take a context whether they need it or not.
+# ruff: noqa: N802, ARG002
+
 from __future__ import annotations
 
 import asyncio

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ import xxhash
 from kleash.base import metrics
 from kleash.lm.digest import DTYPE_NAMES, canonical_tensors, combine_digests, schema_digest
 from kleash.policy.decode_loop import DecodeLoop
+from kleash.policy.staging import Staging, buffer_size
 from kleash.rpc.errors import (
     InvalidRequest,
     Overloaded,
@@ -32,9 +32,6 @@ from kleash.rpc.errors import (
     PreconditionFailed,
 )
 from kleash.weights.v1 import weights_pb2
-
-ALIGNMENT = 64
-"""Tensors start on multiples of this in the staging buffer, so that it can be read as any type."""
 
 BUSY_RETRY_S = 1.0
 
@@ -49,78 +46,22 @@ class Served:
     digest: str
 
 
-class Staging:
-    """A version on its way in."""
-
-    def __init__(self, manifest: weights_pb2.Manifest, buffer: np.ndarray) -> None:
-        self.manifest = manifest
-        self.began = time.monotonic()
-        self.num_bytes = 0
-        self.is_applying = False
-        self._buffer = buffer
-        self._offsets = tensor_offsets(manifest)
-        self._starts: list[list[int]] = [[] for _ in manifest.tensors]
-        self._chunks: list[dict[int, tuple[int, int]]] = [{} for _ in manifest.tensors]
-
-    def add(self, chunk: weights_pb2.Chunk) -> None:
-        """Store a chunk, in any order. The same chunk again is ignored; an overlap is refused."""
-        index, start, end = chunk.tensor_index, chunk.offset, chunk.offset + len(chunk.data)
-        if index >= len(self.manifest.tensors):
-            raise InvalidRequest(
-                f"a chunk is of tensor {index} and the manifest has {len(self.manifest.tensors)}.",
-                field="chunk.tensor_index",
-            )
-        entry = self.manifest.tensors[index]
-        if not chunk.data or end > entry.encoded_bytes:
-            raise InvalidRequest(
-                f"a chunk of tensor '{entry.name}' covers bytes {start} to {end}; it needs at "
-                f"least one, and the tensor has {entry.encoded_bytes}.",
-                field="chunk.offset",
-            )
-        if xxhash.xxh3_64_intdigest(chunk.data) != chunk.xxh3_64:
-            raise PreconditionFailed(
-                f"bytes {start} to {end} of tensor '{entry.name}' do not have the checksum that "
-                "came with them; publish again.",
-                reason="DIGEST_MISMATCH",
-                metadata={"layer": "chunk", "tensor": entry.name, "offset": str(start)},
-            )
-        starts, chunks = self._starts[index], self._chunks[index]
-        if chunks.get(start) == (end, chunk.xxh3_64):
-            return
-        place = bisect_left(starts, start)
-        overlaps_before = place > 0 and chunks[starts[place - 1]][0] > start
-        overlaps_after = place < len(starts) and starts[place] < end
-        if overlaps_before or overlaps_after:
-            raise InvalidRequest(
-                f"bytes {start} to {end} of tensor '{entry.name}' overlap bytes that were sent "
-                "before; send every byte once.",
-                field="chunk.offset",
-            )
-        starts.insert(place, start)
-        chunks[start] = (end, chunk.xxh3_64)
-        self.num_bytes += len(chunk.data)
-        first = self._offsets[index]
-        self._buffer[first + start : first + end] = np.frombuffer(chunk.data, np.uint8)
-
-    def tensor_bytes(self, index: int) -> np.ndarray:
-        """The staged bytes of a tensor."""
-        first = self._offsets[index]
-        return self._buffer[first : first + self.manifest.tensors[index].encoded_bytes]
-
-    def missing(self) -> str:
-        """A sentence about the first tensor that is not complete; empty when all are."""
-        for entry, chunks in zip(self.manifest.tensors, self._chunks, strict=True):
-            have = sum(end - start for start, (end, _) in chunks.items())
-            if have != entry.encoded_bytes:
-                return f"tensor '{entry.name}' has {have} of {entry.encoded_bytes} bytes"
-        return ""
-
-
 class WeightsReceiver:
     """Guards one model's weights. ``begin`` to ``apply`` run for one publish at a time."""
 
-    def __init__(self, model: Any, loop: DecodeLoop, *, digest: str) -> None:
-        """``digest`` is that of the weights that the model has now."""
+    def __init__(
+        self,
+        model: Any,
+        loop: DecodeLoop,
+        *,
+        digest: str,
+        on_served: Callable[[str, str], None],
+    ) -> None:
+        """Args:
+        digest: of the weights that the model has now.
+        on_served: called with the old and the new digest after a version was applied.
+        """
+        self._on_served = on_served
         self._tensors = canonical_tensors(model)
         self._parameter_names = {name for name, _ in model.named_parameters()}
         self._schema_digest = schema_digest(self._tensors)
@@ -215,13 +156,12 @@ class WeightsReceiver:
                 for index, entry in enumerate(manifest.tensors):
                     self._tensors[entry.name].copy_(self._staged(staging, entry.name, index))
             self._loop.decoder.weights_version = manifest.version
-            self._served = Served(
-                manifest.run_id, manifest.fence, manifest.version, manifest.result_digest
-            )
+            old, self._served = self._served, _served_by(manifest)
         finally:
             with self._lock:
                 self._staging = None
         pause_ns = time.perf_counter_ns() - begin
+        self._on_served(old.digest, manifest.result_digest)
         metrics.POLICY_WEIGHTS_VERSION.set(manifest.version)
         metrics.WEIGHTS_UPDATE_BYTES.inc(staging.num_bytes)
         metrics.WEIGHTS_UPDATE_SECONDS.observe(time.monotonic() - staging.began)
@@ -289,9 +229,7 @@ class WeightsReceiver:
             )
 
     def _is_served(self, manifest: weights_pb2.Manifest) -> bool:
-        return self._served == Served(
-            manifest.run_id, manifest.fence, manifest.version, manifest.result_digest
-        )
+        return self._served == _served_by(manifest)
 
     def _check_schema(self, manifest: weights_pb2.Manifest) -> None:
         """Names, shapes, types, sizes and digests, before anything is allocated for them."""
@@ -358,18 +296,8 @@ class WeightsReceiver:
         return torch.from_numpy(staging.tensor_bytes(index)).view(live.dtype).reshape(live.shape)
 
 
-def tensor_offsets(manifest: weights_pb2.Manifest) -> list[int]:
-    """Where each tensor starts in the staging buffer."""
-    offsets, end = [], 0
-    for entry in manifest.tensors:
-        offsets.append(end)
-        end += -(-entry.encoded_bytes // ALIGNMENT) * ALIGNMENT
-    return offsets
-
-
-def buffer_size(manifest: weights_pb2.Manifest) -> int:
-    """Bytes of a staging buffer."""
-    return tensor_offsets(manifest)[-1] + manifest.tensors[-1].encoded_bytes
+def _served_by(manifest: weights_pb2.Manifest) -> Served:
+    return Served(manifest.run_id, manifest.fence, manifest.version, manifest.result_digest)
 
 
 def _difference(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pydantic
 
-from kleash.lm.frozen import FrozenModelConfig
+from kleash.lm.config import FrozenModelConfig
 from kleash.rpc.requests import Limits
 
 

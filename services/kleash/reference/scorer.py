@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from kleash.base.errors import ModelError
-from kleash.lm.frozen import FrozenModel, FrozenModelConfig, load_frozen, warm_up_lengths
+from kleash.lm.config import FrozenModelConfig
+from kleash.lm.frozen import FrozenModel, load_frozen, warm_up_lengths
 from kleash.lm.load import load_causal_lm
 from kleash.lm.log_probs import response_log_probs
 from kleash.lm.sequences import TokenSequence, pack

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kleash.lm.frozen import FrozenModelConfig
+from kleash.lm.config import FrozenModelConfig
 from kleash.rpc.requests import Limits
 
 

@@ -130,6 +130,7 @@ _CLASSES: dict[grpc.StatusCode, type[ServiceError]] = {
     grpc.StatusCode.ABORTED: PreconditionFailed,
     grpc.StatusCode.ALREADY_EXISTS: PreconditionFailed,
     grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
+    grpc.StatusCode.UNIMPLEMENTED: PreconditionFailed,
 }
 
 

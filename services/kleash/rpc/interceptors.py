@@ -184,6 +184,10 @@ class _Guard:
         except grpc.aio.AbortError:
             code = _abort_code(context)
             raise
+        except NotImplementedError:
+            # What a generated servicer raises for a method that the service does not override.
+            code = grpc.StatusCode.UNIMPLEMENTED
+            await context.abort(code, f"this server does not offer {'/'.join(self._labels[1:])}.")
         except Exception as error:
             answer = as_service_error(error, "/".join(self._labels[1:]))
             code = answer.code

@@ -62,8 +62,10 @@ class ModelThread:
             if not future.cancelled():
                 try:
                     result = function()
-                except BaseException as error:
+                except Exception as error:
                     failure = error
+                except BaseException as error:
+                    failure = RuntimeError(f"{error!r} in the model thread")
             self.last_progress = time.monotonic()
             try:
                 loop.call_soon_threadsafe(self._finish, future, result, failure)
@@ -78,5 +80,7 @@ class ModelThread:
             return
         if failure is None:
             future.set_result(result)
+        elif isinstance(failure, StopIteration):  # a future refuses it, and its caller would hang
+            future.set_exception(RuntimeError("StopIteration in the model thread"))
         else:
             future.set_exception(failure)

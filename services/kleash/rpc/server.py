@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import logging
 import signal
@@ -76,7 +77,7 @@ async def serve(
     """Host ``services`` until SIGTERM or SIGINT, then drain and return.
 
     Ports are bound before anything is loaded. ``on_ready`` gets the gRPC port once calls are
-    served. Signals are handled when this runs in the main thread. A second signal ends the process at once.
+    served. Signals are handled when this runs in the main thread; a second one ends the process.
 
     Raises UserError for a port or host that cannot be used, and what a service's ``load`` raises.
     """
@@ -138,37 +139,35 @@ class _Host:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[int], None] | None) -> None:
         """Serve until ``stop`` is set."""
-        config = self._config
-        server, port = self._bind_main()
-        probes = self._bind_health()
-        page = _serve_metrics(config)
-        await server.start()
-        if probes is not None:
-            await probes.start()
-        try:
-            if await self._load(server, stop):
-                refresh = asyncio.create_task(self._refresh_health(), name="health")
-                await self._show_health()
-                logger.info("serving %s on %s", ", ".join(self._names), _join(config.host, port))
-                if on_ready is not None:
-                    on_ready(port)
-                await stop.wait()
-                logger.info(
-                    "draining: NOT_SERVING, then at most %g s for running calls",
-                    config.drain_grace_s,
-                )
-                self._is_draining = True
-                await self._show_health()
-                await asyncio.sleep(config.drain_delay_s)
-                refresh.cancel()
-        finally:
-            self._health.end_watches()
-            await server.stop(config.drain_grace_s)
-            await self._stop_services()
-            if probes is not None:
-                await probes.stop(None)
+        async with contextlib.AsyncExitStack() as cleanup:
+            server, port = self._bind_main()
+            # Leaving runs these from the last to the first: probes see NOT_SERVING to the end.
+            self._bind_probes(cleanup)
+            page = _serve_metrics(self._config)
             if page is not None:
-                page()
+                cleanup.callback(page)
+            cleanup.push_async_callback(self._stop_services)
+            cleanup.push_async_callback(self._stop_server, server)
+            await server.start()
+            if self._probes is not None:
+                await self._probes.start()
+            if not await self._load(server, stop):
+                return
+            refresh = asyncio.create_task(self._refresh_health(), name="health")
+            cleanup.callback(refresh.cancel)
+            await self._show_health()
+            logger.info("serving %s on %s", ", ".join(self._names), _join(self._config.host, port))
+            if on_ready is not None:
+                on_ready(port)
+            await stop.wait()
+            logger.info("draining: at most %g s for running calls", self._config.drain_grace_s)
+            self._is_draining = True
+            await self._show_health()
+            await asyncio.sleep(self._config.drain_delay_s)
+
+    async def _stop_server(self, server: grpc.aio.Server) -> None:
+        self._health.end_watches()
+        await server.stop(self._config.drain_grace_s)
 
     def _bind_main(self) -> tuple[grpc.aio.Server, int]:
         config = self._config
@@ -180,13 +179,14 @@ class _Host:
             )
         return server, _bind(server, config.host, config.port, key="server.port")
 
-    def _bind_health(self) -> grpc.aio.Server | None:
-        if not self._config.health_port:
-            return None
-        server = grpc.aio.server(options=_server_options(self._config))
-        self._health.register(server)
-        _bind(server, self._config.host, self._config.health_port, key="server.health_port")
-        return server
+    def _bind_probes(self, cleanup: contextlib.AsyncExitStack) -> None:
+        self._probes: grpc.aio.Server | None = None
+        if self._config.health_port:
+            self._probes = grpc.aio.server(options=_server_options(self._config))
+            cleanup.push_async_callback(self._probes.stop, None)
+            self._health.register(self._probes)
+            port = self._config.health_port
+            _bind(self._probes, self._config.host, port, key="server.health_port")
 
     async def _load(self, server: grpc.aio.Server, stop: asyncio.Event) -> bool:
         """Load and start every service; False when told to stop before the end."""

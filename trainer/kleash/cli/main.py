@@ -1,6 +1,6 @@
-"""The ``kleash`` command: finds the subcommand and turns errors into one sentence and an exit status.
+"""The ``kleash`` command: finds the subcommand, turns errors into one sentence and a status.
 
-Exit status: 0 done, 1 failed, 2 the user's input cannot be used, 3 a service failed, 130 interrupted.
+Status: 0 done, 1 failed, 2 the user's input cannot be used, 3 a service failed, 130 interrupted.
 Nothing heavy is imported before a subcommand needs it: ``kleash --help`` answers at once.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kleash.base.errors import RemoteError, UserError
+from kleash.base.errors import KleashError, RemoteError, UserError
 
 
 class Command(NamedTuple):
@@ -23,13 +23,35 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("kleash.cli.demo:run", "train", "all three stages on the built-in small world, from nothing, on the CPU"),
-    "sft": Command("kleash.cli.stages:run_sft", "train", "stage 1: supervised fine-tuning on demonstrations"),
-    "candidates": Command("kleash.cli.stages:run_candidates", "train", "several responses per prompt, to be compared"),
-    "reward-model": Command("kleash.cli.stages:run_reward_model", "train", "stage 2: a Bradley-Terry reward model from comparisons"),
-    "up": Command("kleash.cli.up:run", "train", "stage 3 on one machine: the three services and the PPO trainer, supervised"),
-    "ppo": Command("kleash.cli.stages:run_ppo", "train", "stage 3: the PPO trainer alone, against services that run elsewhere"),
-    "serve": Command("kleash.cli.serve:run", "serve", "one or more of policy, reward, reference as a gRPC server"),
+    "demo": Command(
+        "kleash.cli.demo:run",
+        "train",
+        "all three stages on the built-in small world, from nothing, on the CPU",
+    ),
+    "sft": Command(
+        "kleash.cli.stages:run_sft", "train", "stage 1: supervised fine-tuning on demonstrations"
+    ),
+    "candidates": Command(
+        "kleash.cli.stages:run_candidates", "train", "several responses per prompt, to be compared"
+    ),
+    "reward-model": Command(
+        "kleash.cli.stages:run_reward_model",
+        "train",
+        "stage 2: a Bradley-Terry reward model from comparisons",
+    ),
+    "up": Command(
+        "kleash.cli.up:run",
+        "train",
+        "stage 3 on one machine: the three services and the PPO trainer, supervised",
+    ),
+    "ppo": Command(
+        "kleash.cli.stages:run_ppo",
+        "train",
+        "stage 3: the PPO trainer alone, against services that run elsewhere",
+    ),
+    "serve": Command(
+        "kleash.cli.serve:run", "serve", "one or more of policy, reward, reference as a gRPC server"
+    ),
 }
 
 
@@ -47,20 +69,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"unknown command '{name}'; kleash --help lists the commands.", 2)
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     module, _, function = command.function.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)(rest)
+        return getattr(importlib.import_module(module), function)(arguments)
     except UserError as error:
         return _fail(str(error), 2)
     except RemoteError as error:
         return _fail(str(error), 3)
+    except KleashError as error:
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130)
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "kleash":
             raise
-        return _fail(f"kleash {name} needs the package '{error.name}'; pip install 'kleash[{command.extra}]'.", 2)
+        sentence = f"kleash {name} needs the package '{error.name}'"
+        return _fail(f"{sentence}; pip install 'kleash[{command.extra}]'.", 2)
 
 
 def _help() -> str:

@@ -29,7 +29,9 @@ def help_text(config_class: type[Config], usage: str) -> str:
     """Usage, then every key with its type, default and documentation."""
     lines = [f"usage: {usage}", "", "Keys, for the TOML file or as --key=value:", ""]
     for key, kind, default, text in describe_config(config_class):
-        lines.append(f"  --{key}  ({kind}; {'required' if default == 'required' else 'default ' + default})")
+        lines.append(
+            f"  --{key}  ({kind}; {'required' if default == 'required' else 'default ' + default})"
+        )
         lines.extend(textwrap.wrap(text, 96, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 

@@ -1,11 +1,17 @@
-"""Progress on the terminal: a bar with figures and the time left, plain lines where there is no terminal."""
+"""Progress on a terminal: a bar with figures and the time left; plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichBar
 
 
@@ -29,8 +35,13 @@ class TerminalProgress:
         self._started = self._printed = time.monotonic()
         if self._console.is_terminal:
             self._bar = RichBar(
-                TextColumn("{task.description:<24}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("[dim]{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                TextColumn("{task.description:<24}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("[dim]{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 console=self._console,
             )
             self._bar.start()
@@ -50,8 +61,10 @@ class TerminalProgress:
             elapsed = self._printed - self._started
             left = elapsed / max(self._done, 1) * (self._total - self._done)
             self._console.print(
-                f"{self._description}: {self._done}/{self._total}  {shown}  {elapsed:.0f} s, {left:.0f} s left",
-                highlight=False, soft_wrap=True,
+                f"{self._description}: {self._done}/{self._total}  {shown}  "
+                f"{elapsed:.0f} s, {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def finish(self) -> None:

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 
 from kleash.base.errors import ConfigError
-from kleash.cli.options import limit_threads, parse, wants_help
+from kleash.cli.options import parse, wants_help
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,12 +28,13 @@ def run(arguments: Sequence[str]) -> int:
     from kleash.rpc.server import serve
 
     configure_logging()
-    limit_threads(config.num_threads)
     services = []
     for name in names:
         section = getattr(config, name)
         if section is None:
-            raise ConfigError(f"the {name} service has no configuration; set --{name}.model=FOLDER.")
+            raise ConfigError(
+                f"the {name} service has no configuration; set --{name}.model=FOLDER."
+            )
         module = importlib.import_module(f"kleash.{name}.service")
         services.append(getattr(module, f"{name.capitalize()}Service")(section))
     asyncio.run(serve(services, config.server))

@@ -1,4 +1,4 @@
-"""``kleash sft``, ``candidates``, ``reward-model`` and ``ppo``: parse, run, print where the result is."""
+"""``kleash sft``, ``candidates``, ``reward-model``, ``ppo``: parse, run, name the result."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ def run_candidates(arguments: Sequence[str]) -> int:
     """Responses to compare."""
     from kleash.reward_model.candidates import CandidatesConfig
 
-    return _run_stage("candidates", CandidatesConfig, "kleash.reward_model.candidates:run", arguments)
+    return _run_stage(
+        "candidates", CandidatesConfig, "kleash.reward_model.candidates:run", arguments
+    )
 
 
 def run_reward_model(arguments: Sequence[str]) -> int:
     """Stage 2."""
     from kleash.reward_model.config import RewardModelConfig
 
-    return _run_stage("reward-model", RewardModelConfig, "kleash.reward_model.train:train", arguments)
+    return _run_stage(
+        "reward-model", RewardModelConfig, "kleash.reward_model.train:train", arguments
+    )
 
 
 def run_ppo(arguments: Sequence[str]) -> int:
@@ -38,8 +42,12 @@ def run_ppo(arguments: Sequence[str]) -> int:
     return _run_stage("ppo", PPOConfig, "kleash.ppo.run:run", arguments)
 
 
-def _run_stage(name: str, config_class: type[Config], function: str, arguments: Sequence[str]) -> int:
-    config: Any = parse(config_class, arguments, usage=f"kleash {name} [CONFIG.toml] [--key=value ...]")
+def _run_stage(
+    name: str, config_class: type[Config], function: str, arguments: Sequence[str]
+) -> int:
+    config: Any = parse(
+        config_class, arguments, usage=f"kleash {name} [CONFIG.toml] [--key=value ...]"
+    )
     if config is None:
         return 0
     from kleash.base.logging import configure_logging

@@ -15,6 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     if config is None:
         return 0
     configure_logging()
+    from kleash.cli.progress import TerminalProgress
     from kleash.up.run import run as run_up
 
-    return run_up(config)
+    return run_up(config, TerminalProgress())

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG that take the page's text colour, so that they read on light and dark."""
+"""Small charts as inline SVG that take the page's text colour: they read on light and dark."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
 def calibration_chart(title: str, predicted: Sequence[float], observed: Sequence[float]) -> str:
     """Observed preference frequency against the predicted one, with the diagonal."""
 
-    def draw(axes):  # noqa: ANN001, ANN202
+    def draw(axes):
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         axes.plot(predicted, observed, color=COLORS[0], marker="o", markersize=4)
         axes.set_xlabel("predicted P(preferred)")
@@ -41,22 +41,40 @@ def calibration_chart(title: str, predicted: Sequence[float], observed: Sequence
     return _svg(title, draw)
 
 
-def _draw_lines(axes, lines: Sequence[Line], x_label: str, y_label: str) -> None:  # noqa: ANN001
+def _draw_lines(axes, lines: Sequence[Line], x_label: str, y_label: str) -> None:
     for index, line in enumerate(lines):
-        axes.plot(line.x, line.y, label=line.label, color=COLORS[index % 4], linestyle=DASHES[index % 4],
-                  linewidth=1.6, marker="o" if len(line.x) < 20 else None, markersize=3)
+        axes.plot(
+            line.x,
+            line.y,
+            label=line.label,
+            color=COLORS[index % 4],
+            linestyle=DASHES[index % 4],
+            linewidth=1.6,
+            marker="o" if len(line.x) < 20 else None,
+            markersize=3,
+        )
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
-def _svg(title: str, draw) -> str:  # noqa: ANN001
+def _svg(title: str, draw) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "text.color": INK,
-                         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
+    with mpl.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": title,
+            "font.size": 9,
+            "text.color": INK,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    ):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)

@@ -8,6 +8,7 @@ that of the minibatch however it is split.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,12 @@ from kleash.ppo.randomness import draw
 from kleash.ppo.rollout import Sample
 
 
+logger = logging.getLogger(__name__)
+
+LARGE_GAP = 0.01
+"""Nats a token; the same weights in float32 differ by 1e-6, in another precision by more."""
+
+
 class TrainingDivergedError(KleashError):
     """A gradient is not finite; the weights are still those before the step."""
 
@@ -72,6 +79,7 @@ class Learner:
         self.value_optimizer = _adam(value, config.value)
         self.kl = _kl_controller(config)
         self._pretraining = pretraining
+        self._has_warned = False
         self._device = next(value.parameters()).device
 
     def trains_policy(self, step: int) -> bool:
@@ -147,6 +155,13 @@ class Learner:
         self, batch: RolloutBatch, kl: torch.Tensor, rewards: torch.Tensor
     ) -> dict[str, float]:
         gap = behaviour_gap(batch.old_log_probs, batch.behaviour_log_probs, batch.mask)
+        if gap.max_abs > LARGE_GAP and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the policy service's log-probs differ from the trainer's by up to %.3g nats; with "
+                "another precision or engine set algorithm.importance_weight_cap to 2",
+                float(gap.max_abs),
+            )
         return {
             "episodes": float(len(batch)),
             "score_mean": float(batch.scores.mean()),
@@ -223,7 +238,7 @@ class Learner:
         sums = Averages()
         lengths = batch.lengths[rows].tolist()
         for group in micro_batches_of_lengths(lengths, self.config.micro_batch_tokens):
-            part = batch.select(rows[group])
+            part = batch.select(rows[group].tolist())
             figures = self._backward_value(part, num_tokens)
             if trains_policy:
                 figures |= self._backward_policy(part, num_tokens)

@@ -62,7 +62,7 @@ class Publisher:
     """Publishes versions of one run. Not for two threads at a time."""
 
     def __init__(self, weights_clients: Sequence[Weights], run_id: str, fence: int) -> None:
-        """``fence`` is the epoch of this trainer: replicas refuse a lower one than they have seen."""
+        """``fence`` is this trainer's epoch: replicas refuse a lower one than they have seen."""
         self._clients = list(weights_clients)
         self._run_id = run_id
         self._fence = fence
@@ -73,7 +73,7 @@ class Publisher:
         The model must not change meanwhile. Publishing the same version again is harmless: replicas
         that serve it say so, one that was restarted gets it.
 
-        Raises the first replica's ServiceError; the replicas that failed serve what they did before.
+        Raises the first replica's ServiceError; a replica that failed serves what it did before.
         """
         begin = time.monotonic()
         with ThreadPoolExecutor(len(self._clients), "publish") as threads:

@@ -127,7 +127,7 @@ async def _first(news: asyncio.Event, *, timeout_s: float) -> None:
         return
 
 
-def _state(state: RunState) -> trainer_pb2.RunState:
+def _state(state: RunState) -> Any:
     return trainer_pb2.RunState.Value(f"RUN_STATE_{state.name}")
 
 

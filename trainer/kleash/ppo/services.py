@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -45,7 +45,7 @@ class Policy(Protocol):
         *,
         min_weights_version: int = 0,
         tokenizer_sha256: str = "",
-    ) -> Iterator[GeneratedSequence]: ...
+    ) -> Generator[GeneratedSequence, None, None]: ...
 
 
 class Weights(Protocol):

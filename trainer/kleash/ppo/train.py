@@ -98,7 +98,8 @@ def ppo_step(run: Session) -> dict[str, float]:
     updated = time.monotonic()
     if learner.trains_policy(step):
         version += 1
-        run.publish(version)
+        published = run.publish(version)
+        figures["publish_pause_s"] = published.pause_s if published else 0.0
 
     ended = time.monotonic()
     return {

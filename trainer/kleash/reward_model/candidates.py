@@ -125,12 +125,10 @@ def run(config: CandidatesConfig, progress: Progress) -> CandidatesReport:
         max_tokens=context - config.max_new_tokens,
         skip_bad=config.skip_bad,
     )
+    _check_vocabulary(config, model, prompts)
     started = time.monotonic()
-    requests = [
-        request
-        for prompt in prompts
-        for request in _requests(config, prompt, tokenizer.eos_token_id)
-    ]
+    eos_id = tokenizer.eos_token_id
+    requests = [request for prompt in prompts for request in _requests(config, prompt, eos_id)]
     decoded = _generate(model, requests, config, progress)
     lines, counts = [], _Counts()
     for index, prompt in enumerate(prompts):

@@ -13,7 +13,11 @@ from kleash.reference.config import ReferenceConfig
 from kleash.reward.config import RewardConfig
 from kleash.rpc.server import ServerConfig
 
-SERVICES: dict[str, type[Config]] = {"policy": PolicyConfig, "reward": RewardConfig, "reference": ReferenceConfig}
+SERVICES: dict[str, type[Config]] = {
+    "policy": PolicyConfig,
+    "reward": RewardConfig,
+    "reference": ReferenceConfig,
+}
 """The services by name, in the order in which they are started."""
 
 
@@ -28,8 +32,6 @@ class ServeConfig(Config):
     """The reward service."""
     reference: ReferenceConfig | None = None
     """The reference service."""
-    num_threads: int = pydantic.Field(default=0, ge=0)
-    """Threads that torch computes with; 0 leaves its own choice."""
 
 
 class UpConfig(Config):
@@ -40,14 +42,17 @@ class UpConfig(Config):
 
     ppo: PPOConfig
     """The trainer; the addresses of its services are filled in."""
-    policy: dict[str, Any] = {}
+    policy: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Keys of ``kleash serve policy`` that differ from their defaults."""
-    reward: dict[str, Any] = {}
+    reward: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Keys of ``kleash serve reward`` that differ from their defaults."""
-    reference: dict[str, Any] = {}
+    reference: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Keys of ``kleash serve reference`` that differ from their defaults."""
     service_threads: int = pydantic.Field(default=0, ge=0)
     """Threads that each service computes with; 0 leaves torch's own choice."""
+    in_process: bool = False
+    """Run the three services as objects inside the trainer's process, without gRPC: one process
+    to debug. Results are those of separate processes, bit for bit."""
     max_restarts: int = pydantic.Field(default=3, ge=0)
     """Times that a service which died is started again before the run is given up."""
 
@@ -56,13 +61,17 @@ class UpConfig(Config):
         if self.ppo.reward_model is None:
             raise ValueError("ppo.reward_model is required: the reward service scores with it")
         for name in SERVICES:
-            self.serve_config(name, 0)
+            self.section(name)
         return self
+
+    def section(self, name: str) -> Config:
+        """Configuration of one service."""
+        model = self.ppo.reward_model if name == "reward" else self.ppo.model
+        defaults = {"model": model, "device": self.ppo.device, "num_threads": self.service_threads}
+        return SERVICES[name].model_validate({**defaults, **getattr(self, name)})
 
     def serve_config(self, name: str, port: int) -> ServeConfig:
         """Configuration of the process of one service, on loopback."""
-        model = self.ppo.reward_model if name == "reward" else self.ppo.model
-        section = SERVICES[name].model_validate({"model": model, "device": self.ppo.device, **getattr(self, name)})
         return ServeConfig.model_validate(
-            {"server": ServerConfig(port=port), name: section, "num_threads": self.service_threads}
+            {"server": ServerConfig(port=port), name: self.section(name)}
         )

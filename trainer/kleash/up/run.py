@@ -1,4 +1,4 @@
-"""``kleash up``: the three services and the PPO trainer on this machine, over loopback, supervised."""
+"""``kleash up``: the three services and the PPO trainer on one machine, supervised."""
 
 from __future__ import annotations
 
@@ -8,21 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from kleash.base.config import save_config
+from kleash.base.progress import Progress
 from kleash.ppo.config import ServicesConfig
 from kleash.up.config import SERVICES, UpConfig
 from kleash.up.supervisor import Child, Supervisor, free_port, kleash_command
 
 
-def run(config: UpConfig) -> int:
-    """Start everything, wait for the trainer's end, stop everything; returns the trainer's exit status.
+def run(config: UpConfig, progress: Progress) -> int:
+    """Start everything, wait for the trainer's end, stop everything; returns its exit status.
 
-    Logs of the services are in ``OUT/logs``; the trainer keeps the terminal. Ctrl-C and SIGTERM stop
-    the trainer, which writes a checkpoint; a second one ends it at once.
+    Logs of the services are in ``OUT/logs``; the trainer keeps the terminal. Ctrl-C and SIGTERM
+    stop the trainer, which writes a checkpoint; a second one ends it at once. ``progress`` is used
+    by a run in this process; a trainer process draws its own.
     """
+    if config.in_process:
+        return _run_in_process(config, progress)
     with _running(config) as (supervisor, services):
         path = config.ppo.out / "services" / "trainer.json"
         save_config(config.ppo.model_copy(update={"services": services}), path)
         return supervisor.run_to_end(kleash_command("ppo", str(path)))
+
+
+def _run_in_process(config: UpConfig, progress: Progress) -> int:
+    from kleash.ppo.run import host
+    from kleash.up.local import local_services
+
+    with local_services(config) as services:
+        host(config.ppo, services, progress)
+    return 0
 
 
 @contextlib.contextmanager
@@ -50,4 +63,8 @@ def _service(name: str, config: UpConfig, port: int, out: Path) -> Child:
     path = out / "services" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_config(config.serve_config(name, port), path)
-    return Child(name=name, command=kleash_command("serve", name, str(path)), log=out / "logs" / f"{name}.log")
+    return Child(
+        name=name,
+        command=kleash_command("serve", name, str(path)),
+        log=out / "logs" / f"{name}.log",
+    )

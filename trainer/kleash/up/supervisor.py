@@ -1,4 +1,4 @@
-"""Child processes of ``kleash up``: started with their own log file, watched, restarted, ended in order.
+"""Child processes of ``kleash up``: own log files, watched, restarted, ended in order.
 
 Services are restarted when they die (the trainer publishes the weights again to a policy that lost
 them); the trainer's end is the end of the run. A child never outlives its parent: the kernel sends
@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from kleash.base.errors import KleashError
 
@@ -44,15 +45,14 @@ class Child:
         """Start it; standard output and error go to the log file."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_end_with_parent,
-            )
+            self.process = _spawn(self.command, log)
         logger.info("%s started, pid %d, log %s", self.name, self.process.pid, self.log)
 
     def tail(self, lines: int = 8) -> str:
         """The last lines of its log."""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        return "\n".join(
+            self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+        )
 
 
 @dataclass
@@ -74,18 +74,20 @@ class Supervisor:
         self._watcher.start()
 
     def run_to_end(self, command: Sequence[str], *, grace_s: float = 120.0) -> int:
-        """Run ``command`` in the foreground, on this terminal; SIGINT and SIGTERM go on to it as SIGTERM.
+        """Run ``command`` on this terminal; SIGINT and SIGTERM go on to it as SIGTERM.
 
         Returns its exit status. Raises ServiceDiedError when a service could not be kept alive.
         """
-        process = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+        process = _spawn(command)
         received: list[int] = []
 
         def forward(number: int, _frame: object) -> None:
             received.append(number)
             (process.kill if len(received) > 1 else process.terminate)()
 
-        previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {
+            number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         ended_for_failure: float | None = None
         try:
             while process.poll() is None:
@@ -93,7 +95,9 @@ class Supervisor:
                 if self.failure and ended_for_failure is None:
                     ended_for_failure = time.monotonic()
                     process.terminate()
-                elif ended_for_failure is not None and time.monotonic() - ended_for_failure > grace_s:
+                elif (
+                    ended_for_failure is not None and time.monotonic() - ended_for_failure > grace_s
+                ):
                     process.kill()
         finally:
             for number, handler in previous.items():
@@ -107,7 +111,11 @@ class Supervisor:
         self._stopping.set()
         if self._watcher.is_alive():
             self._watcher.join()
-        running = [child.process for child in self.children if child.process and child.process.poll() is None]
+        running = [
+            child.process
+            for child in self.children
+            if child.process and child.process.poll() is None
+        ]
         for process in running:
             process.terminate()
         deadline = time.monotonic() + grace_s
@@ -124,7 +132,7 @@ class Supervisor:
                 if self.failure or child.process is None or child.process.poll() is None:
                     continue
                 status = child.process.returncode
-                # Status 2 is the user's input (a bad model folder, a taken port): again would fail again.
+                # Status 2 is the user's input (a model folder, a port): again would fail again.
                 if status == 2 or child.restarts >= self.max_restarts:
                     self.failure = (
                         f"the {child.name} service ended with status {status} "
@@ -132,8 +140,13 @@ class Supervisor:
                     )
                     return
                 child.restarts += 1
-                logger.warning("%s ended with status %s; restart %d of %d", child.name, status, child.restarts,
-                               self.max_restarts)
+                logger.warning(
+                    "%s ended with status %s; restart %d of %d",
+                    child.name,
+                    status,
+                    child.restarts,
+                    self.max_restarts,
+                )
                 child.start()
 
 
@@ -147,6 +160,18 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+def _spawn(command: Sequence[str], log: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """A child in a session of its own, so that Ctrl-C reaches it through us; output to ``log``."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT if log else None,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,  # noqa: PLW1509 (one system call, no locks)
+    )
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,32 @@
+"""Which model a service serves and where it computes: configuration alone, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from kleash.base.config import Config
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Data types of weights that the services compute in."""
+
+
+class FrozenModelConfig(Config):
+    """Which model a scoring service serves, and where it computes."""
+
+    model: Path
+    """Model folder in Hugging Face form, with safetensors weights."""
+    name: str = ""
+    """Name under which the model is served; empty means the folder's name."""
+    dtype: Dtype = "float32"
+    """Data type of the weights."""
+    device: str = "auto"
+    """Torch device ("cpu", "cuda", "cuda:1"); auto means cuda when there is one, else cpu."""
+    pad_token: str | None = None
+    """Pad token for a tokenizer without one; its id is part of the tokenizer's digest."""
+    chat_template: Path | None = None
+    """File with a Jinja chat template to use in place of the tokenizer's."""
+    num_threads: int = pydantic.Field(default=0, ge=0)
+    """CPU threads of torch in this process; 0 keeps torch's own choice."""
