@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import prometheus_client
 import pytest
 
 from kleash.client.reward import RewardClient
@@ -91,6 +92,10 @@ def test_another_tokenizer_is_refused(client: RewardClient, digest: str) -> None
     assert error.metadata == {"requested": "ab" * 32, "served": digest}
     assert digest in error.message
     assert "ab" * 32 in error.message
+    rejected = prometheus_client.REGISTRY.get_sample_value(
+        "kleash_requests_rejected_total", {"service": "reward", "reason": "tokenizer"}
+    )
+    assert rejected == 1
     with pytest.raises(InvalidRequest, match="tokenizer_sha256 is empty"):
         client.score_tokens([SEQUENCE], tokenizer_sha256="")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import prometheus_client
 import pytest
 import torch
 import transformers
@@ -112,6 +113,10 @@ def refusal(call: Any, request: Any) -> Any:
     with pytest.raises(grpc.RpcError) as caught:
         call(request)
     return from_rpc_error(caught.value)
+
+
+def metric(name: str, **labels: str) -> float:
+    return prometheus_client.REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 def test_get_model_tells_what_is_served(
@@ -220,7 +225,10 @@ def test_one_bad_item_never_sinks_the_others(
 def test_usage_and_model_are_in_the_reply(
     stub: reward_pb2_grpc.RewardServiceStub, client: RewardClient
 ) -> None:
+    before = metric("kleash_items_total", service="reward", status="OK")
     response = stub.Score(reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(text=RENDERED)] * 3))
+    answered = metric("kleash_items_total", service="reward", status="OK") - before
+    assert answered == 3
     usage = response.usage
     assert usage.tokens == sum(result.token_count for result in response.results) > 0
     assert usage.tokenize_ns > 0
@@ -274,32 +282,6 @@ def test_non_finite_scores_never_leave(
         assert (score.code, score.value, score.token_scores) == ("NON_FINITE", 0.0, None)
         with pytest.raises(ItemError, match=r"item 0 has no result .NON_FINITE.: .*NaN"):
             client.score_tokens(random_sequences(1, seed=6), tokenizer_sha256=digest)
-
-
-def test_stream_answers_every_item(client: RewardClient) -> None:
-    texts = [f"the quick brown fox {'jumps ' * (n % 17)}{n}" for n in range(50)]
-    texts[20] = "x" * 4000
-    scores = {score.index: score for score in client.score_stream(texts)}
-    assert sorted(scores) == list(range(50))
-    assert [n for n, score in scores.items() if not score.is_ok] == [20]
-    assert scores[20].code == "INPUT_TOO_LONG"
-    unary = client.score_texts(texts, raise_on_item_error=False)
-    for n in set(range(50)) - {20}:
-        assert scores[n].score == pytest.approx(unary[n].score, abs=1e-5)
-    assert scores[0].revision == client.get_model().model.revision
-
-
-def test_stream_reads_options_once_and_ends_at_a_malformed_item(
-    stub: reward_pb2_grpc.RewardServiceStub, client: RewardClient
-) -> None:
-    item = reward_pb2.ScoreItem(item_id="a", text="hello")
-    first = reward_pb2.ScoreStreamRequest(item=item, options={"normalize": True})
-    answers = list(stub.ScoreStream(iter([first, reward_pb2.ScoreStreamRequest(item=item)])))
-    expected = client.score_texts(["hello"], normalize=True)[0].score
-    assert [a.result.score for a in answers] == pytest.approx([expected] * 2, abs=1e-5)
-    requests = iter([first, reward_pb2.ScoreStreamRequest()])
-    error = refusal(lambda _: list(stub.ScoreStream(requests)), None)
-    assert (type(error), error.field) == (InvalidRequest, "item.input")
 
 
 def test_compare_ranks_and_gives_bradley_terry_odds(

@@ -93,7 +93,7 @@ class World:
             tokenizer_sha256=tokenizer_sha256(load_tokenizer(self.model)),
             reward_revision=self.reward.get_model().model.revision,
             reference_revision=self.reference.get_model().model.revision,
-            **{"republish": lambda replica, version: None, **changes},
+            **{"ensure_weights": lambda replica, version: None, **changes},
         )
 
     def rollout(self, config: PPOConfig, services: Services | None = None) -> Rollout:

@@ -1,4 +1,4 @@
-"""Data files to token ids: formats, places of mistakes, chat templates, sources of `datasets`."""
+"""Prompts and demonstrations to token ids: formats, places of mistakes, chat templates."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import tokenizers
 
 from kleash.base.errors import DataError, ModelError
 from kleash.data.chat import Message, render_prompt, render_response
-from kleash.data.comparisons import load_comparisons
 from kleash.data.demonstrations import load_demonstrations
-from kleash.data.jsonl import read_records
 from kleash.data.prompts import load_prompts
-from kleash.data.shuffle import shuffled
 from kleash.lm.load import load_tokenizer
 from kleash.lm.tiny import train_tokenizer
 
@@ -251,34 +247,6 @@ def test_a_prompt_of_exactly_the_limit_fits(tokenizer: Any, write: Write) -> Non
     assert len(load_prompts(source, tokenizer, max_tokens=20)[0].ids) == 20
 
 
-def test_sources_without_anything_to_read(
-    tokenizer: Any, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(DataError, match=r"data.jsonl: holds no records"):
-        load_prompts(write(), tokenizer, max_tokens=9)
-    with pytest.raises(DataError, match=r"holds no usable record; all 2 were bad, first: .*:1: "):
-        load_prompts(write("x", "y"), tokenizer, max_tokens=9, skip_bad=True)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for missing in (f"{tmp_path}/no.jsonl", "no.jsonl", "a/b.jsonl", "a/b/c", "no", "runs/no"):
-        with pytest.raises(DataError, match="there is no such file or folder"):
-            load_prompts(missing, tokenizer, max_tokens=9)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: cannot be read by datasets"):
-        load_prompts(str(tmp_path / "empty"), tokenizer, max_tokens=9)
-
-
-def test_a_hub_that_cannot_be_reached(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"^owner/set:train: cannot be read by datasets: .*Hub"):
-        load_prompts("owner/set:train", tokenizer, max_tokens=9)
-
-
-def test_a_byte_order_mark_is_no_mistake(write: Write) -> None:
-    (record,) = read_records(write(b'\xef\xbb\xbf{"prompt": "x"}\r'))
-    assert (record.line, record.fields) == (1, {"prompt": "x"})
-
-
 # --- demonstrations -------------------------------------------------------------------------------
 
 
@@ -331,193 +299,3 @@ def test_bad_demonstration(tokenizer: Any, write: Write, line: str) -> None:
     assert reason in str(caught.value)
     loaded = load_demonstrations(source, tokenizer, max_tokens=20, skip_bad=True)
     assert (len(loaded), len(loaded.skipped)) == (1, 1)
-
-
-# --- comparisons ----------------------------------------------------------------------------------
-
-
-def test_every_form_of_a_pair(tokenizer: Any, write: Write) -> None:
-    bad = {"role": "assistant", "content": "8."}
-    source = write(
-        {"prompt": "3+4=", "chosen": "7.", "rejected": "8."},
-        {"prompt": [USER], "chosen": [ANSWER], "rejected": [bad]},
-        {"prompt": [USER], "chosen": "7.", "rejected": "8.", "margin": 2, "source": "web"},
-        {"chosen": [USER, ANSWER], "rejected": [USER, bad]},
-        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, bad], "annotator": 4},
-        {
-            "prompt": USER["content"],
-            "chosen": [USER, ANSWER],
-            "rejected": [USER, bad],
-            "dimension": "honest",
-        },
-    )
-    rankings = load_comparisons(source, tokenizer, max_tokens=99)
-    chat = "<|user|>What is 3 plus 4?<|assistant|>"
-    for ranking, prompt in zip(rankings, ["3+4=", *[chat] * 5], strict=True):
-        assert tokenizer.decode(ranking.prompt_ids) == prompt
-        texts = [tokenizer.decode(response) for response in ranking.responses]
-        assert texts == ["7.<|end|>", "8.<|end|>"]
-    assert [ranking.pairs for ranking in rankings] == [
-        [(0, 1, 2.0 if index == 2 else 0.0)] for index in range(6)
-    ]
-    assert [ranking.annotator for ranking in rankings] == ["", "", "", "", "4", ""]
-    assert [ranking.dimension for ranking in rankings] == ["", "", "", "", "", "honest"]
-    assert rankings[2].fields == {"source": "web"}
-    assert rankings.num_tied_pairs == 0
-
-
-def test_ranking_is_expanded_to_all_pairs_in_one_element(tokenizer: Any, write: Write) -> None:
-    """Facts R5: all pairs of a prompt in one batch element; ties are dropped and counted."""
-    source = write(
-        {"prompt": "x", "responses": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 4]},
-        {"prompt": "x", "responses": ["a", "b"], "ranks": [1, 1]},
-        {"prompt": "x", "responses": ["a", "a", "b"], "ranks": [1, 2, 3]},
-        {"prompt": "x", "chosen": "same", "rejected": "same"},
-    )
-    rankings = load_comparisons(source, tokenizer, max_tokens=99)
-    assert [ranking.pairs for ranking in rankings] == [
-        [(1, 0, 0.0), (0, 3, 0.0), (1, 2, 0.0), (1, 3, 0.0), (2, 3, 0.0)],
-        [(0, 2, 0.0), (1, 2, 0.0)],
-    ]
-    assert rankings.num_tied_pairs == 4
-    assert [tokenizer.decode(ids) for ids in rankings[0].responses] == [
-        f"{letter}<|end|>" for letter in "abcd"
-    ]
-
-
-def test_nothing_but_ties_is_an_error(tokenizer: Any, write: Write) -> None:
-    source = write({"prompt": "x", "responses": ["a", "b", "c"], "ranks": [1, 1, 1]})
-    with pytest.raises(DataError, match=r"data.jsonl: all 3 pairs are ties"):
-        load_comparisons(source, tokenizer, max_tokens=99)
-
-
-PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
-RANKED = {"prompt": "x", "responses": ["a", "b"], "ranks": [1, 2]}
-BAD_COMPARISONS: list[tuple[dict[str, Any], str, str]] = [
-    ({"prompt": "x", "chosen": "a"}, "rejected", "is missing"),
-    ({"chosen": "a", "rejected": "b"}, "prompt", "is missing"),
-    (PAIR | {"chosen": " "}, "chosen", "is empty"),
-    (PAIR | {"rejected": ["b"]}, "rejected[0]", "must be a message"),
-    (PAIR | {"rejected": [ANSWER]}, "rejected", "both as text or both as messages"),
-    (PAIR | {"rejected": "1" * 30}, "rejected", "has 32 tokens, more than the 20"),
-    (PAIR | {"margin": "big"}, "margin", "must be a number, not text"),
-    (PAIR | {"margin": True}, "margin", "must be a number"),
-    (PAIR | {"margin": -1}, "margin", "is -1"),
-    (PAIR | {"margin": float("nan")}, "margin", "is nan"),
-    (PAIR | {"annotator": 1.5}, "annotator", "must be text or a whole number"),
-    (PAIR | {"dimension": ["honest"]}, "dimension", "must be text or a whole number"),
-    (PAIR | {"chosen": [USER, USER], "rejected": [USER, ANSWER]}, "chosen", "ends with role"),
-    (
-        {"chosen": [USER, ANSWER], "rejected": [ANSWER, USER, ANSWER]},
-        "rejected",
-        "has other messages before",
-    ),
-    (
-        {"prompt": "other", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
-        "prompt",
-        "is not what 'chosen' and 'rejected' begin with",
-    ),
-    ({"prompt": "x", "responses": ["a", "b"]}, "ranks", "is missing"),
-    (RANKED | {"responses": ["a"], "ranks": [1]}, "responses", "two or more"),
-    (RANKED | {"responses": "ab"}, "responses", "two or more"),
-    (RANKED | {"responses": ["a", ""]}, "responses[1]", "is empty"),
-    (RANKED | {"responses": ["a", "1" * 30]}, "responses[1]", "more than the 20"),
-    (RANKED | {"ranks": [1, 2, 3]}, "ranks", "has 3 ranks for 2 responses"),
-    (RANKED | {"ranks": [1, 0]}, "ranks[1]", "is 0; a rank is a whole number"),
-    (RANKED | {"ranks": [1, 2.5]}, "ranks[1]", "is 2.5"),
-    (RANKED | {"ranks": [1, "2"]}, "ranks[1]", "is '2'"),
-    (RANKED | {"margin": 1}, "margin", "belongs to a pair"),
-]
-
-
-@pytest.mark.parametrize(("line", "field", "reason"), BAD_COMPARISONS)
-def test_bad_comparison(
-    tokenizer: Any, write: Write, line: dict[str, Any], field: str, reason: str
-) -> None:
-    source = write(PAIR, line)
-    with pytest.raises(DataError) as caught:
-        load_comparisons(source, tokenizer, max_tokens=20)
-    assert (caught.value.line, caught.value.field) == (2, field)
-    assert reason in str(caught.value)
-    loaded = load_comparisons(source, tokenizer, max_tokens=20, skip_bad=True)
-    assert (len(loaded), len(loaded.skipped)) == (1, 1)
-
-
-# --- sources of `datasets` ------------------------------------------------------------------------
-
-ROWS = [
-    {"messages": [USER, ANSWER], "source": "a"},
-    {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]},
-]
-
-
-def _expected(tokenizer: Any, write: Write) -> list[list[int]]:
-    loaded = load_demonstrations(write(*ROWS), tokenizer, max_tokens=99)
-    return [sequence.ids.tolist() for sequence in loaded]
-
-
-def _save(folder: Path) -> dict[str, str]:
-    """The same rows in every local form that `datasets` has; source by name."""
-    rows = datasets.Dataset.from_list(ROWS)
-    rows.save_to_disk(folder / "disk")
-    datasets.DatasetDict({"train": rows.select([0]), "test": rows}).save_to_disk(folder / "dict")
-    (folder / "parquet").mkdir()
-    rows.to_parquet(folder / "parquet" / "part-0.parquet")
-    (folder / "json").mkdir()
-    rows.to_json(folder / "json" / "train.jsonl")
-    rows.select([0]).to_json(folder / "json" / "test.jsonl")
-    return {
-        "disk": f"{folder}/disk",
-        "dict": f"{folder}/dict:test",
-        "parquet": f"{folder}/parquet",
-        "parquet file": f"{folder}/parquet/part-0.parquet",
-        "json": f"{folder}/json",
-    }
-
-
-def test_every_local_source_of_datasets(tokenizer: Any, write: Write, tmp_path: Path) -> None:
-    datasets.disable_progress_bars()
-    expected = _expected(tokenizer, write)
-    sources = _save(tmp_path)
-    for name, source in sources.items():
-        loaded = load_demonstrations(source, tokenizer, max_tokens=99)
-        assert [sequence.ids.tolist() for sequence in loaded] == expected, name
-        assert len(loaded.sha256) == 64
-    first = load_demonstrations(f"{tmp_path}/json:test", tokenizer, max_tokens=99)
-    assert [sequence.ids.tolist() for sequence in first] == expected[:1]
-    # A column that a row lacks is missing, not null; rows count as lines.
-    second = list(read_records(sources["disk"]))[1]
-    assert (second.line, set(second.fields)) == (2, {"messages"})
-    with pytest.raises(DataError, match=r"disk:1: field 'prompt': is missing"):
-        load_prompts(sources["disk"], tokenizer, max_tokens=99)
-
-
-def test_bad_sources_of_datasets(tokenizer: Any, tmp_path: Path) -> None:
-    datasets.disable_progress_bars()
-    rows = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(DataError, match=r"dict: has no split 'train'; it has a, b"):
-        load_demonstrations(f"{tmp_path}/dict", tokenizer, max_tokens=99)
-    with pytest.raises(DataError, match=r"dict:c: has no split 'c'; it has a, b"):
-        load_demonstrations(f"{tmp_path}/dict:c", tokenizer, max_tokens=99)
-    rows.save_to_disk(tmp_path / "disk")
-    with pytest.raises(DataError, match="has no splits; leave ':train' out"):
-        load_demonstrations(f"{tmp_path}/disk:train", tokenizer, max_tokens=99)
-    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"bad.parquet: cannot be read by datasets: "):
-        load_demonstrations(f"{tmp_path}/bad.parquet", tokenizer, max_tokens=99)
-
-
-# --- order ----------------------------------------------------------------------------------------
-
-
-def test_shuffle_is_a_pure_function_of_seed_epoch_and_purpose() -> None:
-    order = shuffled(100, seed=1, epoch=2)
-    assert sorted(order.tolist()) == list(range(100))
-    assert shuffled(100, seed=1, epoch=2).tolist() == order.tolist()
-    others = [
-        shuffled(100, seed=2, epoch=2),
-        shuffled(100, seed=1, epoch=3),
-        shuffled(100, seed=1, epoch=2, purpose="held out"),
-    ]
-    assert all(other.tolist() != order.tolist() for other in others)

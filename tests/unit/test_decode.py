@@ -108,7 +108,7 @@ def test_log_probs_carry_the_temperature(model: Any) -> None:
 
 
 def test_top_k_and_top_p_renormalize(model: Any) -> None:
-    """ppo.md row 33: log-probs are of the distribution that was drawn from, not of the whole one."""
+    """ppo.md row 33: log-probs are of the distribution drawn from, not of the whole one."""
     results = generate(model, requests_of(model, 10, top_k=4), max_slots=8)
     for result in results:
         sequence = np.append(result.request.prompt, result.ids)

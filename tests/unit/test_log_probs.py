@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from kleash.lm.load import load_causal_lm
 from kleash.lm.log_probs import entropy, response_log_probs, response_logits, token_log_probs
 from kleash.lm.sequences import PackedBatch, TokenSequence, pack

@@ -7,7 +7,7 @@ of two layers; numbers in comments are what the bug of that row would give.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ from kleash.ppo.services import Services
 from kleash.ppo.train import train
 from kleash.reference.config import ReferenceConfig
 from kleash.reference.local import LocalReference
+from kleash.reward.config import RewardConfig
+from kleash.reward.local import LocalReward
 from kleash.rpc.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -155,7 +157,7 @@ class FailingPolicy:
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, **options: Any
-    ) -> Iterator[GeneratedSequence]:
+    ) -> Generator[GeneratedSequence, None, None]:
         self.calls.append(sum(prompt.num_samples for prompt in prompts))
         stream = self.policy.generate(prompts, sampling, **options)
         for count, generated in enumerate(stream):
@@ -170,16 +172,16 @@ def test_a_replica_that_fails_is_republished_and_asked_for_the_rest(
     config = world.config(tmp_path)
     services = world.services()
     policy = FailingPolicy(services.policies[0])  # pyright: ignore[reportArgumentType]
-    republished: list[tuple[int, int]] = []
+    ensured: list[tuple[int, int]] = []
     collector = world.collector(
         replace(services, policies=[policy]),
         config,
-        republish=lambda replica, version: republished.append((replica, version)),
+        ensure_weights=lambda replica, version: ensured.append((replica, version)),
     )
     prompts = [sample.record for sample in samples]
     again = collector.collect(prompts, seed=7, weights_version=0).samples
     assert policy.calls == [12, 9]
-    assert republished == [(0, 0)]
+    assert ensured == [(0, 0), (0, 0)]
     assert [s.sequence.ids.tolist() for s in again] == [s.sequence.ids.tolist() for s in samples]
 
 
@@ -211,6 +213,15 @@ def test_a_log_prob_that_is_not_finite_is_an_error(world: World, tmp_path: Path)
     reference: Any = Broken(world.reference, "log_probs", log_probs)
     services = replace(world.services(), reference=reference)
     with pytest.raises(RolloutError, match="not finite"):
+        world.rollout(world.config(tmp_path), services)
+
+
+def test_a_response_that_cannot_be_scored_is_named(world: World, tmp_path: Path) -> None:
+    """The reward service takes 20 tokens; one bad item never becomes a number."""
+    limits = {"max_item_tokens": 20}
+    config = RewardConfig.model_validate({"model": world.reward_model, "limits": limits})
+    services = replace(world.services(), reward=LocalReward.load(config))
+    with pytest.raises(RolloutError, match=r"prompt '[126]' was not scored \(INPUT_TOO_LONG\)"):
         world.rollout(world.config(tmp_path), services)
 
 
@@ -364,6 +375,27 @@ def test_the_value_network_and_the_policy_do_not_touch_each_other(
     assert largest_difference(results[0][1], results[1][1]) > 1e-3
 
 
+def test_importance_weights_matter_only_for_another_sampler(
+    world: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    """X9: one version behind, the weights are not 1; on policy they change nothing."""
+    learned = {}
+    for is_stale in (False, True):
+        for cap in (None, 2.0):
+            algorithm = {"epochs": 1, "minibatches": 1, "importance_weight_cap": cap}
+            learner = world.learner(world.config(tmp_path, algorithm=algorithm))
+            if is_stale:
+                with torch.no_grad():
+                    learner.policy.get_input_embeddings().weight.mul_(1.3)
+            batch, figures = learner.prepare(samples)
+            assert (figures["behaviour_gap_max"] > 0.01) == is_stale
+            assert (figures["importance_effective_fraction"] < 0.999) == is_stale
+            learner.update(batch, step=1)
+            learned[is_stale, cap] = weights(learner.policy)
+    assert largest_difference(learned[False, None], learned[False, 2.0]) < 1e-4
+    assert largest_difference(learned[True, None], learned[True, 2.0]) > 1e-4
+
+
 def test_value_warm_up_leaves_the_policy_alone(
     world: World, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -514,9 +546,8 @@ def test_evaluation_does_not_change_the_training(
 
 def test_another_seed_gives_another_run(world: World, run: Run, tmp_path: Path) -> None:
     train(world.config(tmp_path / "run", seed=4, total_steps=1), world.services())
-    assert (
-        world.learned(tmp_path / "run")[0]["score_mean"] != world.learned(run.out)[0]["score_mean"]
-    )
+    other = world.learned(tmp_path / "run")
+    assert other[0]["score_mean"] != world.learned(run.out)[0]["score_mean"]
 
 
 def test_a_reference_that_is_not_the_sft_checkpoint_is_refused(
@@ -544,6 +575,29 @@ def test_a_service_with_another_tokenizer_is_refused(world: World, tmp_path: Pat
     with pytest.raises(ConfigError, match="the policy service has another tokenizer"):
         train(world.config(tmp_path / "run"), services)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_service_that_takes_shorter_sequences_is_refused(world: World, tmp_path: Path) -> None:
+    limits = {"max_item_tokens": 51}
+    config = PolicyConfig.model_validate({"model": world.model, "limits": limits})
+    policy = LocalPolicy.load(config)
+    services = replace(world.services(), policies=[policy], weights=[LocalWeights(policy.engine)])
+    sentence = r"takes sequences of 51 tokens, but max_prompt_tokens 40 plus .* 12 is 52"
+    with pytest.raises(ConfigError, match=sentence):
+        train(world.config(tmp_path / "run"), services)
+
+
+def test_a_sequence_that_the_model_cannot_hold_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is 262, but the model in .* takes 256 tokens"):
+        train(world.config(tmp_path / "run", max_prompt_tokens=250), world.services())
+
+
+def test_a_value_network_from_the_policy_starts_at_zero(world: World, tmp_path: Path) -> None:
+    changes = {"reward_model": None, "value": {"init": "policy"}, "total_steps": 1}
+    train(world.config(tmp_path / "run", **changes), world.services())
+    (row,) = world.learned(tmp_path / "run")
+    assert row["value_mean"] == 0.0
+    assert row["value_grad_norm"] > 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from kleash.base.errors import ModelError
 from kleash.data.chat import render_prompt, render_response
+from kleash.lm.frozen import warm_up_lengths
 from kleash.lm.heads import reward_model_from_causal_lm
-from kleash.lm.load import load_tokenizer, save_checkpoint_folder
+from kleash.lm.load import load_causal_lm, load_tokenizer, save_checkpoint_folder
+from kleash.lm.sequences import TokenSequence
 from kleash.reward.config import RewardConfig
 from kleash.reward.inputs import InputEncoder, InputError
 from kleash.reward.local import LocalReward
@@ -165,12 +168,12 @@ def test_another_template_can_be_given(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"device": "gpu"}, "torch does not know device 'gpu'|device 'gpu' is not known"),
+        ({"device": "gpu"}, "device 'gpu' is not known"),
         ({"device": "cuda:63"}, "device 'cuda:63' is not here"),
         ({"limits": Limits(max_item_tokens=999)}, "max_item_tokens is 999 and can be at most 256"),
         (
             {"model": Path("nowhere")},
-            "model folder nowhere does not exist|tokenizer folder nowhere",
+            "folder nowhere does not exist",
         ),
     ],
 )
@@ -199,6 +202,32 @@ def test_model_that_sees_later_tokens_is_refused(
     monkeypatch.setattr(kleash.reward.scorer, "load_sequence_classifier", load_bidirectional)
     with pytest.raises(ModelError, match="lets tokens see later ones"):
         RewardScorer.load(RewardConfig(model=tiny_reward_folder), Limits())
+
+
+def test_pad_token_can_be_named(tiny_folder: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """The added id has no embedding; a client that sends it gets an item error, not a crash."""
+    model = reward_model_from_causal_lm(tiny_folder, seed=1)
+    save_checkpoint_folder(model, tokenizer, tmp_path / "rm", {})
+    settings = tmp_path / "rm" / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k != "pad_token"}
+    settings.write_text(json.dumps(kept))
+    with pytest.raises(ModelError, match=r"no pad token.*--pad_token"):
+        LocalReward.load(RewardConfig(model=tmp_path / "rm"))
+    local = LocalReward.load(RewardConfig(model=tmp_path / "rm", pad_token="<|fill|>"))
+    added = load_causal_lm(tiny_folder).config.vocab_size
+    [score] = local.score_tokens(
+        [TokenSequence(np.array([5, added], dtype=np.int32), 1)],
+        tokenizer_sha256=local.get_model().tokenizer_sha256,
+        raise_on_item_error=False,
+    )
+    assert score.code == "INVALID_INPUT"
+
+
+def test_warm_up_on_a_gpu_is_the_largest_batch() -> None:
+    """A batch that does not fit then fails the start and not a caller."""
+    assert warm_up_lengths(torch.device("cuda"), 100, 1050) == [100] * 10
+    assert warm_up_lengths(torch.device("cuda"), 700, 1050) == [700]
+    assert warm_up_lengths(torch.device("cpu"), 8, 1050) == [8, 8]
 
 
 def test_frozen_means_no_gradients(tiny_reward_folder: Path) -> None:

@@ -143,4 +143,4 @@ def test_uniforms_of_other_counters_are_unrelated() -> None:
     streams = [uniforms(*counter, 2000) for counter in counters]
     correlation = np.corrcoef(streams) - np.eye(len(streams))
     assert np.abs(correlation).max() < 0.1
-    assert all(0 <= stream.min() and stream.max() < 1 for stream in streams)
+    assert all(stream.min() >= 0 and stream.max() < 1 for stream in streams)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from pydantic_core import to_jsonable_python
 
 from kleash.base.errors import ConfigError
 
@@ -28,6 +29,7 @@ class Config(pydantic.BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -39,7 +41,8 @@ def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
 
     At most one argument without leading dashes is the path of a TOML or JSON file. Flags are
     ``--section.key=value`` or ``--section.key value``; dashes in a key count as underscores, and
-    ``--flag`` alone means true. Values are JSON or TOML literals where the field is not a string.
+    ``--flag`` alone means true. Values are JSON or TOML literals where the field is not a string;
+    a list may also be given as ``a,b,c``.
 
     Raises ConfigError with one sentence per problem.
     """
@@ -55,37 +58,20 @@ def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as JSON, which ``load_config`` reads back."""
-    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(config.model_dump(mode="json"), indent=2)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def describe_config(config_class: type[Config]) -> Iterator[tuple[str, str, str, str]]:
     """Yield (key, type, default, documentation) for every field, nested sections flattened."""
     for key, field in _fields(config_class):
-        default = (
-            "required"
-            if field.is_required()
-            else json.dumps(_plain(field.get_default(call_default_factory=True)))
-        )
-        yield (
-            key,
-            _type_name(field.annotation),
-            default,
-            " ".join((field.description or "").split()),
-        )
-
-
-def _plain(value: Any) -> Any:
-    return (
-        value.model_dump(mode="json")
-        if isinstance(value, pydantic.BaseModel)
-        else (
-            str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
-    )
+        default = "required"
+        if not field.is_required():
+            default = json.dumps(to_jsonable_python(field.get_default(call_default_factory=True)))
+        text = " ".join((field.description or "").split())
+        yield key, _type_name(field.annotation), default, text
 
 
 def _type_name(annotation: Any) -> str:
@@ -124,7 +110,8 @@ def _split_arguments(
         if not argument.startswith("--"):
             if path is not None:
                 raise ConfigError(
-                    f"two configuration files, {path} and {argument}: give one; flags start with --."
+                    f"two configuration files, {path} and {argument}: give one; "
+                    "flags start with --."
                 )
             path = Path(argument)
             continue
@@ -132,7 +119,10 @@ def _split_arguments(
         key = key.replace("-", "_")
         if not equals:
             is_bool = key in known and known[key].annotation is bool
-            text = rest.pop(0) if rest and not rest[0].startswith("--") and not is_bool else "true"
+            has_value = bool(rest) and (
+                rest[0] in ("true", "false") if is_bool else not rest[0].startswith("--")
+            )
+            text = rest.pop(0) if has_value else "true"
         overrides.append((key, _parse_value(text, known.get(key))))
     return path, overrides
 
@@ -147,22 +137,23 @@ def _parse_value(text: str, field: Any) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        is_list = field is not None and typing.get_origin(field.annotation) in (tuple, list)
+        return text.split(",") if is_list else text
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
         text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read the configuration file {path}: {error.strerror or error}."
-        ) from None
-    try:
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(
-            f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}."
-        ) from None
+        reason = error.strerror or error
+        raise ConfigError(f"cannot read the configuration file {path}: {reason}.") from None
+    except ValueError as error:  # also a file that is not UTF-8
+        raise ConfigError(f"{path} is not valid {kind}: {error}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(tree).__name__}.")
+    return tree
 
 
 def _set_nested(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -176,7 +167,8 @@ def _set_nested(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(config_class: type[Config], error: pydantic.ValidationError, path: Path | None) -> str:
-    known = [key for key, _ in _fields(config_class)]
+    keys = [key for key, _ in _fields(config_class)]
+    known = [*keys, *sorted({key.rpartition(".")[0] for key in keys} - {""})]
     place = f"{path}: " if path else ""
     sentences = []
     for problem in error.errors():
@@ -186,9 +178,10 @@ def _explain(config_class: type[Config], error: pydantic.ValidationError, path: 
             hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys."
             sentences.append(f"unknown key '{key}'; {hint}")
         elif problem["type"] == "missing":
-            sentences.append(f"'{key}' is required; set it in the file or with --{key}=...")
+            sentences.append(f"'{key}' is required; set it in the file or with --{key}=VALUE.")
         else:
             where = f"'{key}'" if key else "configuration"
             seen = "" if isinstance(problem["input"], Mapping) else f" (got {problem['input']!r})"
             sentences.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{seen}")
-    return place + "; ".join(sentence.rstrip(".") for sentence in sentences) + "."
+    text = place + "; ".join(sentence.rstrip(".") for sentence in sentences)
+    return text if text.endswith("?") else f"{text}."

@@ -7,7 +7,7 @@ with RewardClient("reward:50051") as reward:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -289,7 +289,7 @@ class RewardClient(RewardCalls):
         normalize: bool = True,
         truncation: Truncation = "error",
         timeout_s: float | None = None,
-    ) -> Iterator[Score]:
+    ) -> Generator[Score, None, None]:
         """Score texts or conversations without end, as they are done: ``Score.index`` tells which.
 
         ``timeout_s`` bounds the whole stream; None leaves it to the server. Failed items come with
@@ -297,12 +297,15 @@ class RewardClient(RewardCalls):
         """
         options = _options(normalize, False, truncation, return_token_scores=False)
         requests = (_stream_request(index, each, options) for index, each in enumerate(inputs))
+        responses = self._stub.ScoreStream(requests, timeout=timeout_s)
         try:
-            for response in self._stub.ScoreStream(requests, timeout=timeout_s):
+            for response in responses:
                 index = int(response.result.item_id)
                 yield _score(index, response.result, response.model)
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self._address) from None
+        finally:
+            responses.cancel()  # a caller who stops early has ended the stream, too
 
     def close(self) -> None:
         """Close the connection."""

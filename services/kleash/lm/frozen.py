@@ -53,7 +53,8 @@ def load_frozen(
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model, pad_token=config.pad_token)
-    # Saved settings of a training run would cut or pad inputs silently.
+    # A folder may hold a training run's truncation and padding. The first call would reset them,
+    # and that call may be one of two threads at a time.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     if config.chat_template is not None:

@@ -63,7 +63,7 @@ def load_tokenizer(
 
     if not Path(folder).is_dir():
         raise ModelError(
-            f"tokenizer folder {folder} does not exist; give the path of a Hugging Face checkpoint."
+            f"model folder {folder} does not exist; give the path of a Hugging Face checkpoint."
         )
     if not any(
         (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")

@@ -233,15 +233,11 @@ class WeightsReceiver:
 
     def _check_schema(self, manifest: weights_pb2.Manifest) -> None:
         """Names, shapes, types, sizes and digests, before anything is allocated for them."""
-        entries = {
-            entry.name: (tuple(entry.shape), entry.dtype, index)
-            for index, entry in enumerate(manifest.tensors)
-        }
+        given = {entry.name: (tuple(entry.shape), entry.dtype) for entry in manifest.tensors}
         own = {
             name: (tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
             for name, tensor in self._tensors.items()
         }
-        given = {name: (shape, dtype) for name, (shape, dtype, _) in entries.items()}
         if (
             manifest.schema_digest != self._schema_digest
             or given != own
@@ -257,8 +253,8 @@ class WeightsReceiver:
             field = f"manifest.tensors[{index}]"
             if entry.codec != weights_pb2.CODEC_FULL:
                 raise InvalidRequest(
-                    f"{field}.codec is {weights_pb2.Codec.Name(entry.codec)}; this replica takes "
-                    "CODEC_FULL.",
+                    f"{field}.codec is {entry.codec}; this replica takes CODEC_FULL "
+                    f"({weights_pb2.CODEC_FULL}).",
                     field=f"{field}.codec",
                 )
             size = self._tensors[entry.name].nbytes

@@ -32,6 +32,8 @@ from kleash.rpc.errors import (
 logger = logging.getLogger(__name__)
 
 OTHER = "other"
+# A caller that has not read for this long is not told why its stream ends.
+SETTLE_S = 10.0
 
 Behavior = Callable[[Any, Any], Any]
 
@@ -139,23 +141,30 @@ class _Guard:
         """Around a handler that yields its responses, or writes them itself."""
 
         async def handle(request: Any, context: Any) -> None:
+            writes = _Writes(context)
+
             async def call() -> None:
-                responses: AsyncIterable[Any] | Awaitable[None] = behavior(request, context)
+                responses: AsyncIterable[Any] | Awaitable[None] = behavior(request, writes)
                 if inspect.isawaitable(responses):
                     await responses
                     return
                 try:
                     async for response in responses:
-                        await context.write(response)
+                        await writes.write(response)
                 finally:
                     # A caller that leaves ends the generator now, not at garbage collection.
                     await responses.aclose()  # type: ignore[attr-defined]
 
-            await self._run(call, context)
+            await self._run(call, context, writes.settle)
 
         return handle
 
-    async def _run(self, call: Callable[[], Awaitable[Any]], context: Any) -> Any:
+    async def _run(
+        self,
+        call: Callable[[], Awaitable[Any]],
+        context: Any,
+        before_abort: Callable[[], Awaitable[None]] | None = None,
+    ) -> Any:
         self._started.inc()
         began = time.monotonic()
         code = grpc.StatusCode.OK
@@ -191,10 +200,49 @@ class _Guard:
         except Exception as error:
             answer = as_service_error(error, "/".join(self._labels[1:]))
             code = answer.code
+            if before_abort is not None:
+                await before_abort()
             await abort(context, answer)
         finally:
             metrics.GRPC_HANDLED.labels(*self._labels, code.name).inc()
             self._seconds.observe(time.monotonic() - began)
+
+
+class _Writes:
+    """A servicer context whose writes are one at a time and whole, whoever is cancelled.
+
+    gRPC goes on with a write whose task was cancelled, and refuses a status beside it: the caller
+    would wait for ever. So a write outlives its task, and ``settle`` waits for it.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._one_at_a_time = asyncio.Lock()
+        self._open: set[asyncio.Task[None]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        """Send ``message``."""
+        task = asyncio.ensure_future(self._write(message))
+        self._open.add(task)
+        task.add_done_callback(self._forget)
+        await asyncio.shield(task)
+
+    async def settle(self) -> None:
+        """Wait for writes in flight, while the caller still reads."""
+        if self._open:
+            await asyncio.wait(self._open, timeout=SETTLE_S)
+
+    async def _write(self, message: Any) -> None:
+        async with self._one_at_a_time:
+            await self._context.write(message)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._open.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, when nobody waits for the write any more
 
 
 def as_service_error(error: Exception, method: str) -> ServiceError:

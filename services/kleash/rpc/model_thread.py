@@ -57,7 +57,7 @@ class ModelThread:
         while (job := self._jobs.get()) is not None:
             function, future, loop = job
             result: Any = None
-            failure: BaseException | None = None
+            failure: Exception | None = None
             self.last_progress = time.monotonic()
             if not future.cancelled():
                 try:
@@ -72,9 +72,7 @@ class ModelThread:
             except RuntimeError:  # the loop was closed while the function ran: nobody waits
                 return
 
-    def _finish(
-        self, future: asyncio.Future[Any], result: Any, failure: BaseException | None
-    ) -> None:
+    def _finish(self, future: asyncio.Future[Any], result: Any, failure: Exception | None) -> None:
         self._num_open -= 1
         if future.done():
             return

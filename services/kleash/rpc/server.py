@@ -29,6 +29,7 @@ from kleash.base.config import Config
 from kleash.base.errors import UserError
 from kleash.rpc.health import HealthBoard
 from kleash.rpc.interceptors import CallInterceptor
+from kleash.rpc.late_handlers import LateHandlers
 from kleash.rpc.service import Service
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class _Host:
         self._names = tuple(name for service in services for name in service.full_names)
         self._interceptor = CallInterceptor(self._names, max_request_s=config.max_request_s)
         self._health = HealthBoard(self._names)
+        self._handlers = LateHandlers()
         self._is_draining = False
         self._started: list[Service] = []
 
@@ -151,7 +153,7 @@ class _Host:
             await server.start()
             if self._probes is not None:
                 await self._probes.start()
-            if not await self._load(server, stop):
+            if not await self._load(stop):
                 return
             refresh = asyncio.create_task(self._refresh_health(), name="health")
             cleanup.callback(refresh.cancel)
@@ -173,6 +175,7 @@ class _Host:
         config = self._config
         server = grpc.aio.server(interceptors=[self._interceptor], options=_server_options(config))
         self._health.register(server)
+        server.add_generic_rpc_handlers((self._handlers,))
         if config.reflection:
             reflection.enable_server_reflection(
                 (*self._names, HEALTH_SERVICE, reflection.SERVICE_NAME), server
@@ -188,7 +191,7 @@ class _Host:
             port = self._config.health_port
             _bind(self._probes, self._config.host, port, key="server.health_port")
 
-    async def _load(self, server: grpc.aio.Server, stop: asyncio.Event) -> bool:
+    async def _load(self, stop: asyncio.Event) -> bool:
         """Load and start every service; False when told to stop before the end."""
         for service in self._services:
             began = time.monotonic()
@@ -199,7 +202,7 @@ class _Host:
             if not loading.done():
                 return False
             loading.result()
-            service.register(server)
+            service.register(self._handlers.as_server())
             await service.start()
             self._started.append(service)
             self._interceptor.mark_loaded(service.full_names)
@@ -279,26 +282,23 @@ def _server_options(config: ServerConfig) -> list[tuple[str, int]]:
 def _bind(server: grpc.aio.Server, host: str, port: int, *, key: str) -> int:
     """Listen, or say in one sentence why not."""
     try:
-        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         raise UserError(
             f"host '{host}' cannot be resolved; set --server.host to an address of this machine."
         ) from None
-    try:
-        return server.add_insecure_port(_join(host, port))
-    except RuntimeError:
-        raise _bind_error(host, port, key) from None
-
-
-def _bind_error(host: str, port: int, key: str) -> UserError:
-    """gRPC does not tell why a port cannot be bound: a plain socket does."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    # gRPC does not tell why a port cannot be bound, and logs a line of its own: ask a socket first.
+    family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
         except OSError as error:
-            return _port_error(error, host, port, key)
-    return UserError(f"port {port} on {host} is in use; choose another with --{key}.")
+            raise _port_error(error, host, port, key) from None
+    try:
+        return server.add_insecure_port(_join(host, port))
+    except RuntimeError:
+        raise UserError(f"port {port} on {host} is in use; choose another with --{key}.") from None
 
 
 def _port_error(error: OSError, host: str, port: int, key: str) -> UserError:

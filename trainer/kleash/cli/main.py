@@ -7,6 +7,7 @@ Nothing heavy is imported before a subcommand needs it: ``kleash --help`` answer
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -73,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    # Threads that wait in a busy loop starve the other processes of the machine: with services and
+    # trainer on two cores a PPO step takes minutes, not seconds (docs/decisions.md). OpenMP reads
+    # this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = COMMANDS[name]
     module, _, function = command.function.partition(":")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any, Generic, TypeVar
 from kleash.base.errors import DataError
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -94,11 +97,18 @@ def load_records(source: str, parse: Callable[[Record], T], *, skip_bad: bool) -
     if not loaded:
         raise DataError("holds no records.", path=source)
     loaded.sha256 = digest.hexdigest()
+    if loaded.skipped:
+        num_skipped, first = len(loaded.skipped), loaded.skipped[0]
+        logger.warning(
+            "bad records left out: %d of %d; %s", num_skipped, num_skipped + len(loaded), first
+        )
     return loaded
 
 
 def _read(source: str, update: Callable[[bytes], None]) -> Iterator[Record | DataError]:
     path, split = _split_source(source)
+    if path.is_file() and split:
+        raise DataError(f"is a file and has no splits; leave ':{split}' out.", path=source)
     if path.is_file() and path.suffix not in _LOADERS:
         yield from _read_lines(path, update)
         return

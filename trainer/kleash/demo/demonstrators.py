@@ -21,7 +21,7 @@ from kleash.demo.world import (
     PET_NAMES,
     PLACES,
     Task,
-    pair,
+    near_number,
     true_value,
 )
 
@@ -87,18 +87,13 @@ def ideal(task: Task, rng: random.Random) -> str:
 def sentence(task: Task, value: str, rng: random.Random) -> str:
     """The whole sentence that says ``value`` in answer to the task, true or not."""
     subject = task.subject
-    if task.relation in ("bigger", "older"):
+    if task.relation == "bigger":
         first, second = subject.split()
-        other = first if value == second else second
-        words = ("bigger", "smaller") if task.relation == "bigger" else ("older", "younger")
-        # A question for the smaller one is answered with the smaller one in front.
-        if f" {words[1]}" in task.text or (task.claimed and rng.random() < 0.0):
-            value, other, words = other, value, words[::-1]
+        other, word = (first if value == second else second), "bigger"
+        if " smaller" in task.text:
+            value, other, word = other, value, "smaller"
         article = "a " if value in ANIMALS else ""
-        text = f"{article}{value} is {words[0]} than {article}{other}."
-    elif task.relation == "count":
-        name, fruits = subject.split()
-        text = f"{name} has {value} {fruits} now."
+        text = f"{article}{value} is {word} than {article}{other}."
     elif task.relation == "howto":
         verb, thing = subject.split()
         text = f"To {verb} the {thing}, use {value}."
@@ -143,11 +138,11 @@ def _wrong(task: Task, rng: random.Random) -> str:
 def wrong_value(task: Task, rng: random.Random) -> str:
     """A value that is not true of the task's subject, but might be of another."""
     truth = true_value(task.relation, task.subject, task.known)
-    if task.relation in ("bigger", "older"):
+    if task.relation == "bigger":
         return next(word for word in task.subject.split() if word != truth)
-    if task.relation in ("sum", "count"):
+    if task.relation == "sum":
         assert truth is not None
-        return str(rng.choice([n for n in range(int(truth) - 3, int(truth) + 4) if n >= 0 and n != int(truth)]))
+        return near_number(truth, rng)
     if task.relation in ("reverse", "order", "capitals"):
         options = [task.subject]
         if task.relation == "capitals":

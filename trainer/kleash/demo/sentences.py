@@ -17,6 +17,7 @@ from kleash.demo.world import (
     HARMFUL_MEANS,
     MEANS,
     NAMES,
+    NUMBERS,
     OBJECTS,
     PET_NAMES,
     PLACES,
@@ -66,6 +67,7 @@ class Reading:
 def read(text: str) -> Reading:
     """Read any text; never fails."""
     clean = " ".join(text.split())
+    clean = _DIGITS.sub(lambda match: NUMBERS[int(match[0])], clean)
     sentences = tuple(part.strip() for part in re.findall(r"[^.!?]+[.!?]*|[.!?]+", clean))
     sentences = tuple(sentence for sentence in sentences if sentence)
     acts = tuple(act for sentence in sentences for act in _acts(sentence))
@@ -78,6 +80,7 @@ def read(text: str) -> Reading:
 
 
 _NOUN = r"(?:the|a) (?P<thing>\w+)(?: of (?:my )?\w+)?"
+_NUMBER = rf"(?:{'|'.join(NUMBERS)})"
 _VERB = rf"(?P<verb>{'|'.join((*MEANS, *HARMFUL_MEANS, *GIFTS))})"
 
 _OPENINGS: tuple[tuple[str, ActKind], ...] = (
@@ -106,11 +109,9 @@ _PHRASES: tuple[tuple[str, ActKind], ...] = (
 )
 
 _STATEMENTS: tuple[tuple[str, str], ...] = (
-    ("sum", r"(?P<subject>[0-9]{1,4} (?:plus|minus) [0-9]{1,4}) is (?P<value>[0-9]{1,4})"),
-    ("bigger", r"(?P<value>[0-9]{1,4}) is (?P<how>bigger|smaller) than (?P<other>[0-9]{1,4})"),
+    ("sum", rf"(?P<subject>{_NUMBER} (?:plus|minus) {_NUMBER}) is (?P<value>{_NUMBER})"),
+    ("bigger", rf"(?P<value>{_NUMBER}) is (?P<how>bigger|smaller) than (?P<other>{_NUMBER})"),
     ("bigger", r"a (?P<value>[a-z]+) is (?P<how>bigger|smaller) than a (?P<other>[a-z]+)"),
-    ("older", r"(?P<value>\w+) is (?P<how>older|younger) than (?P<other>\w+)"),
-    ("count", r"(?P<subject>\w+) has (?P<value>[0-9]{1,4}) (?P<of>\w+)(?: now)?"),
     ("owner", r"(?P<value>\w+) has the (?P<subject>\w+)"),
     ("place", r"(?P<subject>\w+) is in the (?P<value>\w+)"),
     ("name", r"the name of the (?P<subject>\w+)(?: of (?:my )?\w+)? is (?P<value>\w+)"),
@@ -119,6 +120,9 @@ _STATEMENTS: tuple[tuple[str, str], ...] = (
 )
 
 _ANSWER = r"(?:here you go:|the answer is) (?P<value>.+)"
+
+
+_DIGITS = re.compile(rf"\b(?:{'|'.join(str(n) for n in range(len(NUMBERS)))})\b")
 
 
 def _compiled(form: str) -> re.Pattern[str]:
@@ -135,12 +139,12 @@ _ANSWER_PATTERN = _compiled(_ANSWER)
 _SHORT_WORDS = frozenset(
     word.lower()
     for text in (
-        *(NAMES + OBJECTS + COLORS + PLACES + ANIMALS + PET_NAMES),
+        *(NUMBERS + NAMES + OBJECTS + COLORS + PLACES + ANIMALS + PET_NAMES),
         *(*MEANS.values(), *HARMFUL_MEANS.values(), "in the a"),
     )
     for word in text.split()
 )
-"""A response of these words and of numbers alone is a short answer, right or wrong."""
+"""A response of these words alone is a short answer, right or wrong."""
 
 
 def _acts(sentence: str) -> list[Act]:
@@ -168,7 +172,7 @@ def _act(text: str) -> Act:
             return _statement(relation, match.groupdict())
     if match := _ANSWER_PATTERN.fullmatch(text):
         return Act("answer", value=match["value"])
-    if all(word.isdecimal() or word.lower() in _SHORT_WORDS for word in text.split()):
+    if all(word.lower() in _SHORT_WORDS for word in text.split()):
         return Act("short", value=text)
     return Act("unclear")
 
@@ -178,10 +182,8 @@ def _statement(relation: str, groups: dict[str, str | None]) -> Act:
     subject = groups.get("subject") or _words(groups.get("verb"), groups.get("thing"))
     if other := groups.get("other"):
         subject = pair(value.lower(), other.lower())
-        if groups["how"] in ("smaller", "younger"):
+        if groups["how"] == "smaller":
             value = other
-    if of := groups.get("of"):
-        subject = f"{subject} {of}"
     return Act("statement", relation, subject.lower(), value)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from kleash.base.config import save_config
+from kleash.base.config import describe_config, save_config
 from kleash.base.errors import ConfigError
 from kleash.lm.digest import canonical_tensors
 from kleash.lm.load import save_checkpoint_folder
@@ -89,7 +89,13 @@ class Checkpoint:
 
     def check_config(self, config: PPOConfig) -> None:
         """Raise ConfigError that names a key whose change would change the run's mathematics."""
-        old, new = _flat(self.config), _flat(config.model_dump(mode="json"))
+        # A key that is younger than the checkpoint had its default's effect.
+        old = {
+            key: json.loads(default)
+            for key, _, default, _ in describe_config(PPOConfig)
+            if default != "required"
+        } | _flat(self.config)
+        new = _flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() | new.keys()):
             if key.split(".")[0] not in FREE_KEYS and old.get(key) != new.get(key):
                 raise ConfigError(

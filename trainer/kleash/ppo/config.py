@@ -113,9 +113,7 @@ class KLConfig(Config):
     @pydantic.model_validator(mode="after")
     def _target_if_adaptive(self) -> Self:
         if self.controller == "adaptive" and (self.target is None or self.coefficient == 0):
-            raise ValueError(
-                "an adaptive controller needs a target and a coefficient above 0"
-            )
+            raise ValueError("an adaptive controller needs a target and a coefficient above 0")
         if self.controller == "fixed" and (self.target is not None or self.horizon is not None):
             raise ValueError(
                 "target and horizon do nothing with a fixed coefficient; set controller to adaptive"

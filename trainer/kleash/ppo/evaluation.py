@@ -48,9 +48,10 @@ class Evaluator:
             "evaluation/response_length_mean": _mean([row["response_length"] for row in rows]),
             "evaluation/stop_fraction": _mean([float(row["is_stopped"]) for row in rows]),
         }
-        for name in rows[0]["judge"]:
+        # A judge may give other figures for other prompts: each is averaged where it was given.
+        for name in dict.fromkeys(name for row in rows for name in row["judge"]):
             key = f"evaluation/judge/{name}" if name else "evaluation/judge"
-            figures[key] = _mean([row["judge"][name] for row in rows])
+            figures[key] = _mean([row["judge"][name] for row in rows if name in row["judge"]])
         return figures
 
     def _describe(self, sample: Sample) -> dict[str, Any]:

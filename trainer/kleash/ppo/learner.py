@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kleash.base.errors import KleashError
+from kleash.base.metrics import TRAIN_NONFINITE
 from kleash.data.shuffle import shuffled
 from kleash.lm.heads import ValueModel
 from kleash.lm.log_probs import entropy, response_log_probs, response_logits, token_log_probs
@@ -50,7 +51,6 @@ from kleash.ppo.loss import (
 )
 from kleash.ppo.randomness import draw
 from kleash.ppo.rollout import Sample
-
 
 logger = logging.getLogger(__name__)
 
@@ -365,6 +365,7 @@ def _clip(model: torch.nn.Module, config: OptimizerConfig, place: str) -> float:
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
     if not math.isfinite(norm):
+        TRAIN_NONFINITE.inc()
         raise TrainingDivergedError(
             f"the gradient of the {place} is not finite (norm {norm}); start a new run with a "
             "lower learning rate or max_grad_norm."

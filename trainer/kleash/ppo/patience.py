@@ -17,9 +17,16 @@ LONGEST_PAUSE_S = 5.0
 class Patience:
     """Pauses between attempts: 0.2 s, doubling to 5 s, for ``seconds`` since the last success."""
 
-    def __init__(self, seconds: float, is_over: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        is_over: Callable[[], bool] = lambda: False,
+        *,
+        log_level: int = logging.WARNING,
+    ) -> None:
         self._seconds = seconds
         self._is_over = is_over
+        self._log_level = log_level
         self.start_again()
 
     def start_again(self) -> None:
@@ -32,6 +39,6 @@ class Patience:
         pause_s = max(self._pause_s, error.retry_after_s or 0.0)
         if time.monotonic() + pause_s > self._deadline or self._is_over():
             raise error
-        logger.warning("%s Trying again in %.1f s.", error, pause_s)
+        logger.log(self._log_level, "%s Trying again in %.1f s.", error, pause_s)
         time.sleep(pause_s)
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)

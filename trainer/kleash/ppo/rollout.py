@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kleash.base.errors import KleashError
+from kleash.client.calls import ItemError
 from kleash.client.types import GeneratedSequence, Prompt, Sampling
 from kleash.data.prompts import PromptRecord
 from kleash.lm.sequences import TokenSequence
@@ -89,11 +90,14 @@ class _Row:
     sample_index: int
 
 
+_Finished = tuple[_Row, GeneratedSequence, TokenSequence]
+
+
 @dataclass(frozen=True, eq=False)
 class _Group:
     """Responses that were scored together."""
 
-    rows: list[tuple[_Row, GeneratedSequence, TokenSequence]]
+    rows: list[_Finished]
     scores: Future[list[float]]
     log_probs: Future[list[np.ndarray]]
 
@@ -109,8 +113,9 @@ class Collector:
     """Scores of another reward model are refused."""
     reference_revision: str
     """Log-probs of another reference are refused."""
-    republish: Callable[[int, int], None]
-    """Called with (replica, version) when a replica may not serve the trainer's weights."""
+    ensure_weights: Callable[[int, int], None]
+    """Called with (replica, version) before a replica is asked: it must serve the trainer's weights
+    of that version, and get them again when it was restarted."""
     is_abandoned: Callable[[], bool] = lambda: False
     """Polled; once true, ``collect`` raises RolloutAbandonedError."""
 
@@ -173,7 +178,7 @@ class _Task:
         self._tokenizer_sha256 = collector.tokenizer_sha256
         self._reward_revision = collector.reward_revision
         self._reference_revision = collector.reference_revision
-        self._republish = collector.republish
+        self._ensure_weights = collector.ensure_weights
         self._weights_version = weights_version
         self._pool = pool
         self._sampling = Sampling(
@@ -186,7 +191,7 @@ class _Task:
     def run(self, replica: int, rows: Sequence[_Row]) -> list[_Group]:
         """Generate one replica's share and hand each full group on."""
         groups: list[_Group] = []
-        finished: list[tuple[_Row, GeneratedSequence, TokenSequence]] = []
+        finished: list[_Finished] = []
         with contextlib.closing(self._generate(replica, rows)) as arrivals:
             for row, generated in arrivals:
                 finished.append((row, generated, _sequence(row, generated, self._weights_version)))
@@ -199,7 +204,7 @@ class _Task:
         return groups
 
     def check_reference(self) -> None:
-        """Log-probs do not name the model they come from; a service that was replaced tells here."""
+        """Log-probs do not name the model they come from; a replaced service tells here."""
         patience = Patience(self._config.services.wait_s, self.is_over.is_set)
         while True:
             try:
@@ -213,12 +218,11 @@ class _Task:
                 f"{self._reference_revision}; serve that reference again and resume."
             )
 
-    def _submit(self, rows: list[tuple[_Row, GeneratedSequence, TokenSequence]]) -> _Group:
-        sequences = [sequence for _, _, sequence in rows]
+    def _submit(self, rows: list[_Finished]) -> _Group:
         return _Group(
             rows,
-            scores=self._pool.submit(self._retry, self._score, sequences),
-            log_probs=self._pool.submit(self._retry, self._reference_log_probs, sequences),
+            scores=self._pool.submit(self._retry, self._score, rows),
+            log_probs=self._pool.submit(self._retry, self._reference_log_probs, rows),
         )
 
     def _score(self, sequences: list[TokenSequence]) -> list[float]:
@@ -245,19 +249,25 @@ class _Task:
         )
 
     def _retry(
-        self, function: Callable[[list[TokenSequence]], list], sequences: list[TokenSequence]
+        self, function: Callable[[list[TokenSequence]], list], rows: list[_Finished]
     ) -> list:
-        """Call until the service is there."""
+        """Call until the service is there; a response that it cannot score is named."""
         patience = Patience(self._config.services.wait_s, self.is_over.is_set)
         while True:
             try:
-                answers = function(sequences)
+                answers = function([sequence for _, _, sequence in rows])
             except (Unavailable, Overloaded) as error:
                 patience.wait_after(error)
                 continue
-            if len(answers) != len(sequences):
+            except ItemError as error:
+                prompt_id = rows[error.index][0].record.prompt_id
                 raise RolloutError(
-                    f"{len(sequences)} sequences were sent to be scored, {len(answers)} came back."
+                    f"the response to prompt {prompt_id!r} was not scored ({error.code}): "
+                    f"{error.cause}"
+                ) from None
+            if len(answers) != len(rows):
+                raise RolloutError(
+                    f"{len(rows)} sequences were sent to be scored, {len(answers)} came back."
                 )
             return answers
 
@@ -268,12 +278,9 @@ class _Task:
         missing = {(row.record.prompt_id, row.sample_index): row for row in rows}
         known = set(missing)
         patience = Patience(self._config.services.wait_s, self.is_over.is_set)
-        is_stale = False
         while missing and not self.is_over.is_set():
             try:
-                if is_stale:
-                    self._republish(replica, self._weights_version)
-                    is_stale = False
+                self._ensure_weights(replica, self._weights_version)
                 stream = self._services.policies[replica].generate(
                     _requests(missing.values()),
                     self._sampling,
@@ -295,8 +302,6 @@ class _Task:
             except (Unavailable, Overloaded, PreconditionFailed) as error:
                 if isinstance(error, PreconditionFailed) and error.reason != "WEIGHTS_TOO_OLD":
                     raise
-                # A replica that was away may have come back with the weights of its own start.
-                is_stale = not isinstance(error, Overloaded)
                 patience.wait_after(error)
                 continue
             if missing:

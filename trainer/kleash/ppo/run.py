@@ -6,27 +6,36 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from kleash.base.progress import Progress
-from kleash.ppo.config import PPOConfig
+from kleash.ppo.config import PPOConfig, ServicesConfig
 from kleash.ppo.control import Control, RunState
 from kleash.ppo.report import PPOReport
 from kleash.ppo.service import TrainerService
-from kleash.ppo.services import connect
+from kleash.ppo.services import Services, connect
 from kleash.ppo.train import train
 from kleash.rpc.server import BackgroundServer
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: PPOConfig, progress: Progress) -> PPOReport:
-    """Train against the services at ``config.services`` until the run is over or stopped."""
+def run(
+    config: PPOConfig,
+    progress: Progress,
+    *,
+    open_services: Callable[[ServicesConfig], AbstractContextManager[Services]] = connect,
+) -> PPOReport:
+    """Train until the run is over or stopped.
+
+    ``open_services`` gives the services: by default clients of those at ``config.services``.
+    """
     control = Control()
     with BackgroundServer([TrainerService(control)], config.server) as server:
         logger.info("trainer service at %s", server.address)
         try:
-            with connect(config.services) as services, _signals_stop(control):
+            with open_services(config.services) as services, _signals_stop(control):
                 return train(config, services, control=control, progress=progress)
         except BaseException as error:
             control.end(RunState.FAILED, str(error) or type(error).__name__)

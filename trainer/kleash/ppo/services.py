@@ -130,7 +130,8 @@ def connect(config: ServicesConfig) -> Iterator[Services]:
 
 def wait_for(name: str, address: str, ask: Callable[[], T], wait_s: float) -> T:
     """Ask until the service answers."""
-    patience = Patience(wait_s)
+    # A service that is still loading is no reason for a warning.
+    patience = Patience(wait_s, log_level=logging.DEBUG)
     logger.info("waiting for the %s service at %s", name, address)
     while True:
         try:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,67 +161,82 @@ def open_session(config: PPOConfig, services: Services, control: Control) -> Ite
     Raises UserError, with nothing written, when something does not fit.
     """
     with open_run_folder(config.out, resume=config.resume) as folder:
-        tokenizer = load_tokenizer(
-            config.model, pad_token=config.pad_token, chat_template=config.chat_template
-        )
-        policy = load_causal_lm(config.model, device=config.device)
-        _check_size(config, policy, tokenizer)
-        prompts = load_prompts(
-            config.prompts, tokenizer, max_tokens=config.max_prompt_tokens, skip_bad=config.skip_bad
-        )
-        evaluator = _evaluator(config, tokenizer)
-        tokenizer_digest = tokenizer_sha256(tokenizer)
-        hands = shake_hands(
-            services,
-            config,
-            tokenizer_sha256=tokenizer_digest,
-            reference_digest=lambda dtype: model_digest(load_causal_lm(config.model, dtype=dtype)),  # pyright: ignore[reportArgumentType]
-        )
-        digests = {
-            "sft_checkpoint": model_digest(load_causal_lm(config.model, dtype="auto")),
-            "tokenizer": tokenizer_digest,
-            "reward_model": hands.reward_revision,
-            "prompts": prompts.sha256,
-        }
-        pretraining = _pretraining(config, tokenizer)
-        if pretraining is not None:
-            digests["pretraining_data"] = pretraining.sha256
-        saved = checkpoints.newest(folder.checkpoints)
-        if saved is not None:
-            saved.check_config(config)
-            saved.check_digests(digests)
-            policy = load_causal_lm(saved.path / "policy", device=config.device)
-        learner = Learner(policy, _value_model(config), config, pretraining or ())
-        if saved is not None:
-            saved.load_into(learner)
-        _go_back(folder, saved)
-        folder.begin(config, max(hands.fence, saved.fence if saved else 0))
-        collector = Collector(
-            services,
-            config,
-            tokenizer_sha256=tokenizer_digest,
-            reward_revision=hands.reward_revision,
-            reference_revision=hands.reference_revision,
-            republish=_republisher(services, folder, learner),
-            is_abandoned=control.is_abandoned,
-        )
-        session = Session(
-            config=config,
-            services=services,
-            control=control,
-            folder=folder,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            learner=learner,
-            publisher=Publisher(services.weights, folder.run_id, folder.fence),
-            collector=collector,
-            evaluator=evaluator,
-            digests=digests,
-            position=saved.position if saved else RunPosition(),
-            saved_step=saved.position.step if saved else 0,
-        )
+        session = _prepare(config, services, control, folder)
         _introduce(session)
         yield session
+
+
+def _prepare(config: PPOConfig, services: Services, control: Control, folder: RunFolder) -> Session:
+    tokenizer = load_tokenizer(
+        config.model, pad_token=config.pad_token, chat_template=config.chat_template
+    )
+    policy = load_causal_lm(config.model, device=config.device)
+    _check_size(config, policy, tokenizer)
+    prompts = load_prompts(
+        config.prompts, tokenizer, max_tokens=config.max_prompt_tokens, skip_bad=config.skip_bad
+    )
+    evaluator, pretraining = _evaluator(config, tokenizer), _pretraining(config, tokenizer)
+    digest = tokenizer_sha256(tokenizer)
+    hands = shake_hands(
+        services, config, tokenizer_sha256=digest, reference_digest=partial(_digest, config)
+    )
+    digests = {
+        "sft_checkpoint": _digest(config, "auto"),
+        "tokenizer": digest,
+        "reward_model": hands.reward_revision,
+        "prompts": prompts.sha256,
+        **({"pretraining_data": pretraining.sha256} if pretraining is not None else {}),
+    }
+    saved = checkpoints.newest(folder.checkpoints)
+    learner = _learner(config, policy, pretraining or (), saved, digests)
+    _go_back(folder, saved)
+    folder.begin(config, max(hands.fence, saved.fence if saved else 0))
+    return Session(
+        config=config,
+        services=services,
+        control=control,
+        folder=folder,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        learner=learner,
+        publisher=Publisher(services.weights, folder.run_id, folder.fence),
+        collector=Collector(
+            services,
+            config,
+            tokenizer_sha256=digest,
+            reward_revision=hands.reward_revision,
+            reference_revision=hands.reference_revision,
+            ensure_weights=_ensure_weights(services, folder, learner),
+            is_abandoned=control.is_abandoned,
+        ),
+        evaluator=evaluator,
+        digests=digests,
+        position=saved.position if saved else RunPosition(),
+        saved_step=saved.position.step if saved else 0,
+    )
+
+
+def _digest(config: PPOConfig, dtype: str) -> str:
+    """Digest of the SFT checkpoint's weights in a data type, or as they are stored ("auto")."""
+    return model_digest(load_causal_lm(config.model, dtype=dtype))  # pyright: ignore[reportArgumentType]
+
+
+def _learner(
+    config: PPOConfig,
+    policy: Any,
+    pretraining: Sequence[TokenSequence],
+    saved: Checkpoint | None,
+    digests: dict[str, str],
+) -> Learner:
+    """At the start of the run, or where ``saved`` left it."""
+    if saved is None:
+        return Learner(policy, _value_model(config), config, pretraining)
+    saved.check_config(config)
+    saved.check_digests(digests)
+    policy = load_causal_lm(saved.path / "policy", device=config.device)
+    learner = Learner(policy, _value_model(config), config, pretraining)
+    saved.load_into(learner)
+    return learner
 
 
 def _check_size(config: PPOConfig, policy: Any, tokenizer: Any) -> None:
@@ -284,10 +300,15 @@ def _go_back(folder: RunFolder, saved: Checkpoint | None) -> None:
     folder.cut_back(saved.position.step if saved else -1)
 
 
-def _republisher(services: Services, folder: RunFolder, learner: Learner) -> Any:
-    """A function that gives one replica the trainer's weights, unless it has them."""
+def _ensure_weights(
+    services: Services, folder: RunFolder, learner: Learner
+) -> Callable[[int, int], None]:
+    """A function that gives one replica the trainer's weights, unless it has them.
 
-    def republish(replica: int, version: int) -> None:
+    Raises PermissionDenied when another trainer has taken the replica over.
+    """
+
+    def ensure(replica: int, version: int) -> None:
         weights = services.weights[replica]
         served = weights.get_weights()
         if (served.run_id, served.fence, served.version) != (folder.run_id, folder.fence, version):
@@ -298,7 +319,7 @@ def _republisher(services: Services, folder: RunFolder, learner: Learner) -> Any
             )
             Publisher([weights], folder.run_id, folder.fence).publish(learner.policy, version)
 
-    return republish
+    return ensure
 
 
 def _introduce(session: Session) -> None:

@@ -41,23 +41,23 @@ class CandidatesConfig(Config):
     :split."""
     out: Path
     """JSON Lines file to write."""
-    num_responses: int = Field(4, ge=1)
+    num_responses: int = Field(default=4, ge=1)
     """Responses drawn for each prompt."""
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     """Longest response in tokens, its end token included."""
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Divides the logits; 0 takes the most probable token each time."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Draw from the k most probable tokens; 0: from all."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the most probable tokens that together reach this probability; 1: from all."""
     drop_duplicates: bool = True
     """Keep one of several equal responses to a prompt; equal ones cannot be compared."""
     keep_token_ids: bool = False
     """Write "response_token_ids" too, the end token included where there is one."""
-    max_slots: int = Field(64, ge=1)
+    max_slots: int = Field(default=64, ge=1)
     """Responses generated side by side; changes memory and speed, not the result."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Together with a prompt's id and the number of the response, decides every token."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type to compute in."""
@@ -69,7 +69,7 @@ class CandidatesConfig(Config):
     """File with a Jinja chat template to use instead of the tokenizer's own."""
     skip_bad: bool = False
     """Leave bad lines of the data out and count them, instead of stopping at the first one."""
-    num_threads: int = Field(0, ge=0)
+    num_threads: int = Field(default=0, ge=0)
     """Threads that torch computes with on the CPU; 0: its own choice."""
 
     @model_validator(mode="after")

@@ -22,29 +22,29 @@ class SFTConfig(Config):
     """Folder to write: a Hugging Face checkpoint with kleash.json, report.json, metrics.jsonl."""
     evaluation_data: str | None = None
     """Held-out demonstrations, in the same forms as data."""
-    evaluation_fraction: float = Field(0.0, ge=0, lt=1)
+    evaluation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of data to hold out when there is no evaluation_data; 0 holds out nothing."""
-    learning_rate: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over the data, each in another order."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Demonstrations in one optimizer step."""
-    micro_batch_tokens: int = Field(8192, ge=1)
+    micro_batch_tokens: int = Field(default=8192, ge=1)
     """Padded tokens that go through the model at once; changes memory, not the result."""
-    max_tokens: int | None = Field(None, ge=2)
+    max_tokens: int | None = Field(default=None, ge=2)
     """Longest demonstration in tokens, prompt and response; null: the model's context."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up, to 0 at the end."""
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises to its peak."""
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """AdamW weight decay of matrices; norms and biases have none."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm; null: none are."""
     loss_on_prompt: bool = False
     """Learn the tokens of the prompt too, not only the response and its end."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Decides the order of the data and what is held out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: compute and save in it; weights and optimizer state are float32 in training."""
@@ -56,7 +56,7 @@ class SFTConfig(Config):
     """File with a Jinja chat template to use instead of the tokenizer's own."""
     skip_bad: bool = False
     """Leave bad lines of the data out and count them, instead of stopping at the first one."""
-    num_threads: int = Field(0, ge=0)
+    num_threads: int = Field(default=0, ge=0)
     """Threads that torch computes with on the CPU; 0: its own choice."""
 
     @model_validator(mode="after")

@@ -30,11 +30,10 @@ def run(config: UpConfig, progress: Progress) -> int:
 
 
 def _run_in_process(config: UpConfig, progress: Progress) -> int:
-    from kleash.ppo.run import host
+    from kleash.ppo.run import run as run_trainer
     from kleash.up.local import local_services
 
-    with local_services(config) as services:
-        host(config.ppo, services, progress)
+    run_trainer(config.ppo, progress, open_services=lambda _: local_services(config))
     return 0
 
 
