@@ -87,6 +87,16 @@ def _check_states(service: Doubler, address: str, while_loading: errors.ServiceE
     eventually(lambda: health_of(address, "liveness") == "NOT_SERVING")
 
 
+def test_health_lists_every_name() -> None:
+    with serving() as server, grpc.insecure_channel(server.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        messages: Any = health_pb2
+        statuses = stub.List(messages.HealthListRequest(), timeout=CALL_S).statuses
+    assert {name: answer.status for name, answer in statuses.items()} == dict.fromkeys(
+        ["", SERVICE, "liveness"], health_pb2.HealthCheckResponse.SERVING
+    )
+
+
 def test_open_watches_do_not_hold_up_the_end() -> None:
     with serving(drain_grace_s=WAIT_S) as server:
         channel = grpc.insecure_channel(server.address)

@@ -7,6 +7,7 @@ should go on running; never NOT_SERVING only because it loads, is busy, or drain
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -53,6 +54,15 @@ class HealthBoard(health_aio.HealthServicer):
         finally:
             watch.cancel()
             self._watches.discard(watch)
+
+    async def List(self, _request: Any, _context: Any) -> Any:  # noqa: N802
+        """The status of every name; the parent class has no answer to this method."""
+        messages: Any = health_pb2  # its published types do not know List yet
+        statuses = {
+            name: health_pb2.HealthCheckResponse(status=status)
+            for name, status in self._statuses.items()
+        }
+        return messages.HealthListResponse(statuses=statuses)
 
     def end_watches(self) -> None:
         """Complete every open Watch."""

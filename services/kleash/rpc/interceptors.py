@@ -46,7 +46,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._max_request_s = max_request_s
         self._wrapped: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
         self._loading = frozenset(services)
-        self._passed = ("grpc.health.", "grpc.reflection.")
 
     def mark_loaded(self, services: tuple[str, ...]) -> None:
         """From now on calls reach these services."""

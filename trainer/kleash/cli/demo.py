@@ -1,0 +1,39 @@
+"""``kleash demo``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the demo and say where the report is."""
+    from kleash.cli.options import limit_threads, parse
+    from kleash.demo.pipeline import Demo, DemoConfig
+
+    config = parse(DemoConfig, arguments, usage="kleash demo [CONFIG.toml] [--key=value ...]")
+    if config is None:
+        return 0
+    from kleash.base.logging import configure_logging
+    from kleash.cli.progress import TerminalProgress
+
+    configure_logging()
+    limit_threads(config.num_threads)
+    progress = TerminalProgress()
+    try:
+        report = Demo(config, progress).run()
+    finally:
+        progress.finish()
+    print(_outcome(report, config.out))  # noqa: T201
+    return 0
+
+
+def _outcome(report: dict, out: object) -> str:
+    gold, win = report["gold"], report["win_rate"]["ppo_vs_sft"]
+    return (
+        f"gold score: base {gold['base']['total']:.3f}, SFT {gold['sft']['total']:.3f}, "
+        f"PPO {gold['ppo']['total']:.3f}\n"
+        f"PPO beats SFT on {win['rate']:.1%} of {win['n']} held-out prompts "
+        f"(95 % interval {win['ci95'][0]:.1%} to {win['ci95'][1]:.1%}), "
+        f"in {report['wall_seconds']['total']:.0f} s\n"
+        f"report: {out}/report.html"
+    )

@@ -1,0 +1,195 @@
+"""The end of the demo: gold scores of base, SFT and PPO model on held-out prompts, and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kleash.data.chat import render_prompt, render_response
+from kleash.demo.data import read_lines
+from kleash.demo.judge import score
+from kleash.evaluate.report import DialogueSample, render_report
+from kleash.evaluate.statistics import compare_paired
+from kleash.lm.decode import DecodeRequest, generate
+from kleash.lm.digest import model_digest
+from kleash.lm.load import load_causal_lm, load_sequence_classifier, load_tokenizer
+from kleash.reward_model.evaluation import score_sequences
+
+if TYPE_CHECKING:
+    from kleash.demo.pipeline import Demo
+
+DIMENSIONS = ("helpful", "harmless", "honest")
+EVALUATION_SEED = 20_000
+"""Far from the seeds of training: responses of the evaluation are draws of their own."""
+SAMPLES_PER_KIND = 2
+MAX_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's responses to the held-out prompts and their gold scores, in the prompts' order."""
+
+    responses: list[str]
+    totals: np.ndarray
+    gold: dict[str, float]
+    """Mean total, and mean by dimension over the prompts that are about it."""
+    sycophancy: float
+    """Share of wrong claims that it agrees with."""
+    digest: str
+
+
+def write_report(demo: Demo) -> dict[str, Any]:
+    """Evaluate the three models and write report.json and report.html."""
+    records = read_lines(demo.data / "held-out.jsonl")
+    folders = {
+        "base": demo.out / "base",
+        "sft": demo.out / "sft",
+        "ppo": demo.out / "ppo" / "policy",
+    }
+    judged = {}
+    demo.progress.start(len(folders), "evaluation")
+    for name, folder in folders.items():
+        judged[name] = judge_model(folder, records, max_new_tokens=demo.settings.max_new_tokens)
+        demo.progress.advance(1, gold=judged[name].gold["total"])
+    demo.stages["reward_model"]["gold_sign_accuracy"] = gold_sign_accuracy(
+        demo.out / "reward-model", demo.data / "held-out-comparisons.jsonl"
+    )
+    pairs = {"ppo_vs_sft": ("ppo", "sft"), "sft_vs_base": ("sft", "base")}
+    compared = {
+        name: compare_paired(judged[first].totals, judged[second].totals, seed=demo.config.seed)
+        for name, (first, second) in pairs.items()
+    }
+    report = {
+        "title": "Kleash demo: three stages of RLHF on the small world",
+        "summary": _summary(demo),
+        "seed": demo.config.seed,
+        "stages": demo.stages,
+        "gold": {name: result.gold for name, result in judged.items()},
+        "sycophancy": {name: result.sycophancy for name, result in judged.items()},
+        "win_rate": {name: result.win_rate.to_dict() for name, result in compared.items()},
+        "gold_difference": {
+            name: {"mean": result.mean_difference, "ci95": list(result.ci95)}
+            for name, result in compared.items()
+        },
+        "wall_seconds": demo.wall_seconds,
+        "versions": _versions(),
+        "digests": {name: result.digest for name, result in judged.items()}
+        | {"reward_model": model_digest(load_sequence_classifier(demo.out / "reward-model"))},
+    }
+    (demo.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    steps = read_lines(demo.out / "ppo" / "metrics.jsonl")
+    render_report(
+        report, steps, _samples(records, judged["sft"], judged["ppo"]), demo.out / "report.html"
+    )
+    return report
+
+
+def judge_model(folder: Path, records: list[dict[str, Any]], *, max_new_tokens: int) -> Judged:
+    """Sample one response to each prompt at temperature 1 and judge it."""
+    model, tokenizer = load_causal_lm(folder), load_tokenizer(folder)
+    stop_ids = frozenset({tokenizer.eos_token_id})
+    requests = [
+        DecodeRequest(
+            prompt=render_prompt(tokenizer, record["prompt"]),
+            prompt_id=record["id"],
+            sample_index=0,
+            seed=EVALUATION_SEED,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+        )
+        for record in records
+    ]
+    responses = [
+        tokenizer.decode(decoded.ids.tolist(), skip_special_tokens=True)
+        for decoded in generate(model, requests, max_slots=128)
+    ]
+    verdicts = [
+        score(record, response) for record, response in zip(records, responses, strict=True)
+    ]
+    totals = np.array([verdict.total for verdict in verdicts])
+    of_dimension = {
+        name: [verdict.total for verdict in verdicts if verdict.dimension == name]
+        for name in DIMENSIONS
+    }
+    wrong_claims = [v for r, v in zip(records, verdicts, strict=True) if r["kind"] == "wrong_claim"]
+    return Judged(
+        responses=responses,
+        totals=totals,
+        gold={"total": float(totals.mean())}
+        | {name: float(np.mean(of)) for name, of in of_dimension.items()},
+        sycophancy=float(np.mean([verdict.is_sycophantic for verdict in wrong_claims])),
+        digest=model_digest(model),
+    )
+
+
+def gold_sign_accuracy(folder: Path, comparisons: Path) -> float:
+    """Share of held-out pairs of different gold worth that the reward model orders as the judge does."""
+    model, tokenizer = load_sequence_classifier(folder), load_tokenizer(folder)
+    rows = read_lines(comparisons)
+    sequences = [
+        render_response(tokenizer, row["prompt"], response)
+        for row in rows
+        for response in row["responses"]
+    ]
+    scores = iter(score_sequences(model, sequences, MAX_BATCH_TOKENS).tolist())
+    hits: list[float] = []
+    for row in rows:
+        pairs = [(gold, next(scores)) for gold in row["gold"]]
+        for index, (gold, own) in enumerate(pairs):
+            for other_gold, other in pairs[:index]:
+                if gold != other_gold:
+                    hits.append(
+                        float((gold > other_gold) == (own > other)) if own != other else 0.5
+                    )
+    return float(np.mean(hits))
+
+
+def _samples(records: list[dict[str, Any]], before: Judged, after: Judged) -> list[DialogueSample]:
+    """The first prompts of every kind: held-out prompts are in random order, so not chosen by score."""
+    seen: defaultdict[str, int] = defaultdict(int)
+    samples = []
+    for index, record in enumerate(records):
+        seen[record["kind"]] += 1
+        if seen[record["kind"]] <= SAMPLES_PER_KIND:
+            samples.append(
+                DialogueSample(
+                    prompt=record["prompt"][0]["content"],
+                    kind=record["kind"].replace("_", " "),
+                    before=before.responses[index],
+                    before_score=float(before.totals[index]),
+                    after=after.responses[index],
+                    after_score=float(after.totals[index]),
+                )
+            )
+    return sorted(samples, key=lambda sample: sample.kind)
+
+
+def _summary(demo: Demo) -> str:
+    return (
+        f"A base model of {demo.settings.model.num_layers} layers was trained from nothing on "
+        f"{demo.settings.world.base_dialogues} dialogues, fine-tuned on {demo.settings.world.sft_dialogues} "
+        f"demonstrations, a reward model on {int(demo.stages['comparisons']['num_rankings'])} noisy rankings, and the "
+        f"policy by {demo.settings.ppo.total_steps} steps of PPO against three gRPC services. Seed {demo.config.seed}."
+    )
+
+
+def _versions() -> dict[str, str]:
+    import grpc
+    import torch
+    import transformers
+
+    from kleash.base.version import software_version
+
+    return {
+        "kleash": software_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "grpcio": grpc.__version__,
+    }
