@@ -145,6 +145,19 @@ def test_two_replicas_draw_what_one_draws(
     assert [s.score for s in shared] == pytest.approx([s.score for s in samples], abs=EXACT)
 
 
+def test_many_samples_of_one_prompt_are_shared_without_gaps(
+    world: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    prompts = [samples[0].record] * 7 + [samples[1].record] * 2
+    drawn = []
+    for num_policies in (1, 2):
+        services = world.services(num_policies=num_policies)
+        collector = world.collector(services, world.config(tmp_path))
+        collected = collector.collect(prompts, seed=7, weights_version=0).samples
+        drawn.append([sample.sequence.ids.tolist() for sample in collected])
+    assert drawn[0] == drawn[1]
+
+
 class FailingPolicy:
     """A replica that goes away after three responses, once, and loses its weights."""
 

@@ -77,9 +77,7 @@ class PolicyClient(PolicyCalls):
         """
         self._address = address
         self._timeout_s = timeout_s
-        self._channel = connect(
-            address, service=SERVICE, methods_to_retry=("GetPolicy",)
-        )
+        self._channel = connect(address, service=SERVICE, methods_to_retry=("GetPolicy",))
         self._stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
         super().__init__(self._get_policy, self._generate)
 

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from kleash.demo import demonstrators
-from kleash.demo.annotators import (
-    UNBIASED,
-    calibrate_tau,
-    disagreement,
-    pair_differences,
-    win_probabilities,
-)
+from kleash.demo.annotators import Annotator, gold_differences, label, sigmoid, write_lines
 from kleash.demo.demonstrators import Demonstrator, respond
-from kleash.demo.judge import score
 from kleash.demo.settings import DemoSettings, Mixture
 from kleash.demo.world import Task, make_splits, prompt_record, stream_tasks
 from kleash.evaluate.statistics import label_noise_ceiling
+
+ANNOTATORS = tuple(Annotator(f"annotator-{letter}") for letter in "abcd")
+"""Four people who differ by their noise alone."""
 
 WRITERS: dict[str, Demonstrator] = {
     person.name: person
@@ -84,37 +80,29 @@ def write_comparisons(
 ) -> dict[str, float]:
     """Let annotators rank the candidates: comparisons.jsonl and held-out-comparisons.jsonl.
 
-    Returns the annotators' figures: tau, disagreement, and label_noise_ceiling of the held-out pairs.
+    Returns their figures; the noise ceiling is that of the held-out pairs.
     """
-    rows = read_lines(candidates)
-    for row in rows:
-        row["gold"] = [score(row, response).total for response in row["responses"]]
-    tau = calibrate_tau(
-        pair_differences(row["gold"] for row in rows), wanted=settings.reward_model.disagreement
+    everything = folder / "all-comparisons.jsonl"
+    labels = label(
+        candidates,
+        everything,
+        ANNOTATORS,
+        disagreement=settings.reward_model.disagreement,
+        seed=seed,
     )
-    rng = random.Random(f"annotators {seed}")
-    for row in rows:
-        annotator = rng.choice(UNBIASED)
-        row["annotator"] = annotator.name
-        row["ranks"] = annotator.rank(row["responses"], row["gold"], tau=tau, rng=rng)
+    rows = read_lines(everything)
     num_held_out = settings.world.held_out_comparison_prompts
     write_lines(folder / "comparisons.jsonl", rows[num_held_out:])
     write_lines(folder / "held-out-comparisons.jsonl", rows[:num_held_out])
-    differences = pair_differences(row["gold"] for row in rows[:num_held_out])
+    differences = gold_differences(row["gold"] for row in rows[:num_held_out])
     return {
-        "tau": tau,
-        "annotator_disagreement": disagreement(differences, tau),
-        "label_noise_ceiling": label_noise_ceiling(win_probabilities(differences, tau)),
+        "tau": labels.tau,
+        "annotator_disagreement": labels.disagreement,
+        "label_noise_ceiling": label_noise_ceiling(sigmoid(differences / labels.tau)),
         "num_rankings": float(len(rows) - num_held_out),
         "num_held_out_pairs": float(len(differences)),
+        "tied_frac": labels.num_tied_pairs / labels.num_pairs,
     }
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON Lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kleash.data.chat import render_prompt, render_response
+from kleash.demo.annotators import gold_sign_accuracy
 from kleash.demo.data import read_lines
 from kleash.demo.judge import score
 from kleash.evaluate.report import DialogueSample, render_report
@@ -57,7 +58,7 @@ def write_report(demo: Demo) -> dict[str, Any]:
     for name, folder in folders.items():
         judged[name] = judge_model(folder, records, max_new_tokens=demo.settings.max_new_tokens)
         demo.progress.advance(1, gold=judged[name].gold["total"])
-    demo.stages["reward_model"]["gold_sign_accuracy"] = gold_sign_accuracy(
+    demo.stages["reward_model"]["gold_sign_accuracy"] = reward_model_gold_accuracy(
         demo.out / "reward-model", demo.data / "held-out-comparisons.jsonl"
     )
     pairs = {"ppo_vs_sft": ("ppo", "sft"), "sft_vs_base": ("sft", "base")}
@@ -128,8 +129,8 @@ def judge_model(folder: Path, records: list[dict[str, Any]], *, max_new_tokens: 
     )
 
 
-def gold_sign_accuracy(folder: Path, comparisons: Path) -> float:
-    """Share of held-out pairs of different gold worth that the reward model orders as the judge does."""
+def reward_model_gold_accuracy(folder: Path, comparisons: Path) -> float:
+    """Share of held-out pairs of different worth that the reward model orders as the judge does."""
     model, tokenizer = load_sequence_classifier(folder), load_tokenizer(folder)
     rows = read_lines(comparisons)
     sequences = [
@@ -138,16 +139,8 @@ def gold_sign_accuracy(folder: Path, comparisons: Path) -> float:
         for response in row["responses"]
     ]
     scores = iter(score_sequences(model, sequences, MAX_BATCH_TOKENS).tolist())
-    hits: list[float] = []
-    for row in rows:
-        pairs = [(gold, next(scores)) for gold in row["gold"]]
-        for index, (gold, own) in enumerate(pairs):
-            for other_gold, other in pairs[:index]:
-                if gold != other_gold:
-                    hits.append(
-                        float((gold > other_gold) == (own > other)) if own != other else 0.5
-                    )
-    return float(np.mean(hits))
+    by_prompt = [[next(scores) for _ in row["responses"]] for row in rows]
+    return gold_sign_accuracy([row["gold"] for row in rows], by_prompt)[0]
 
 
 def _samples(records: list[dict[str, Any]], before: Judged, after: Judged) -> list[DialogueSample]:

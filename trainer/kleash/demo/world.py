@@ -8,7 +8,7 @@ Responses are graded in judge.py. Everything is a function of an explicit seed.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,9 +97,7 @@ class Task:
     kind: str = field(default="", compare=False)
 
 
-def true_value(
-    relation: str, subject: str, known: Sequence[Sequence[str]] = ()
-) -> str | None:
+def true_value(relation: str, subject: str, known: Sequence[Sequence[str]] = ()) -> str | None:
     """What is true of ``subject`` in the world or by the ``known`` facts; None: nobody can know.
 
     Example: true_value("sum", "three plus four") is "seven"; true_value("bigger", "four nine") is
@@ -152,11 +150,12 @@ def make_splits(sizes: dict[str, int], *, seed: int) -> dict[str, list[Task]]:
     return splits
 
 
-def stream_tasks(*, seed: int, avoid: set[str]) -> Iterator[Task]:
+def stream_tasks(
+    *, seed: int, avoid: set[str], kind_weights: Mapping[str, float] = KIND_WEIGHTS
+) -> Iterator[Task]:
     """Endless tasks, texts may come again; none of them is in ``avoid``."""
     rng = random.Random(f"stream {seed}")
-    kinds = list(KIND_WEIGHTS)
-    weights = list(KIND_WEIGHTS.values())
+    kinds, weights = list(kind_weights), list(kind_weights.values())
     while True:
         yield _new_task(rng.choices(kinds, weights)[0], rng, avoid)
 

@@ -132,7 +132,7 @@ class Learner:
                 logits, part.response_ids, part.response_mask
             )
             old_values[rows, :width] = self.value(part)
-            entropy_sum += float((entropy(logits) * part.response_mask).sum())
+            entropy_sum += float(token_mean(entropy(logits), part.response_mask, num_tokens=1))
         batch = RolloutBatch(
             prompt_ids=tuple(sample.record.prompt_id for sample in samples),
             ids=packed.ids,

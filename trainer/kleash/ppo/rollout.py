@@ -125,9 +125,8 @@ class Collector:
         """One response to each prompt, drawn with the weights of ``weights_version``."""
         start = time.monotonic()
         rows = _number_rows(prompts)
-        replicas = min(len(self.services.policies), len(rows))
-        shares = [rows[replica::replicas] for replica in range(replicas)]
-        drawing = ThreadPoolExecutor(replicas, "generate")
+        shares = _shares(rows, len(self.services.policies))
+        drawing = ThreadPoolExecutor(len(shares), "generate")
         scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
         task = _Task(self, seed, weights_version, scoring)
         same_reference = scoring.submit(task.check_reference)
@@ -317,6 +316,20 @@ def _raise_failures(groups: Sequence[_Group]) -> None:
         for answer in (group.scores, group.log_probs):
             if answer.done():
                 answer.result()
+
+
+def _shares(rows: Sequence[_Row], num_replicas: int) -> list[list[_Row]]:
+    """Each replica's rows: prompts in turn, all samples of a prompt at one replica, none empty.
+
+    Sample indices of a prompt then have no gaps at a replica, which is asked for a range of them.
+    """
+    prompt_ids = list(dict.fromkeys(row.record.prompt_id for row in rows))
+    num_shares = min(num_replicas, len(prompt_ids))
+    place = {prompt_id: index % num_shares for index, prompt_id in enumerate(prompt_ids)}
+    shares: list[list[_Row]] = [[] for _ in range(num_shares)]
+    for row in rows:
+        shares[place[row.record.prompt_id]].append(row)
+    return shares
 
 
 def _number_rows(prompts: Sequence[PromptRecord]) -> list[_Row]:
