@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear sentence with the place and the remedy, status 2 or 3, no output."""
+"""What a user can get wrong: one sentence with the place and the remedy, a status, no output."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def test_a_tokenizer_without_chat_template_or_pad_token(
     template = tmp_path / "template.jinja"
     template.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}"
-        "{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     assert main([*arguments, f"--chat_template={template}"]) == 0
 

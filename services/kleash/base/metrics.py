@@ -51,7 +51,7 @@ GRPC_SENT_BYTES = Histogram(
 # --- admission, queue, batches ----------------------------------------------------------------
 REQUESTS_REJECTED = Counter(
     "kleash_requests_rejected_total",
-    "Calls refused, by reason: queue_full, deadline, too_large, auth, draining, tokenizer.",
+    "Calls refused, by reason: queue_full, deadline, too_large, draining, tokenizer.",
     ["service", "reason"],
 )
 ITEMS = Counter("kleash_items_total", "Items answered, by item status.", ["service", "status"])
@@ -121,7 +121,7 @@ POLICY_WEIGHTS_VERSION = Gauge(
 )
 WEIGHTS_UPDATE_SECONDS = Histogram(
     "kleash_weights_update_seconds",
-    "Seconds from the first chunk of a publish to its new version being in use.",
+    "Seconds from the manifest of a publish to its version being served.",
     buckets=_LONG_S,
 )
 WEIGHTS_UPDATE_BYTES = Counter("kleash_weights_update_bytes_total", "Bytes of weights received.")
@@ -137,7 +137,7 @@ REWARD_SCORE = Histogram("kleash_reward_score", "Scores given.", ["model_name"],
 TRAIN_STEP = Gauge("kleash_train_step", "PPO steps done.")
 TRAIN_PHASE_SECONDS = Histogram(
     "kleash_train_phase_seconds",
-    "Seconds of one phase of a step: generate, reward, reference, learn, publish.",
+    "Seconds of one phase of a step: generate, score, old_log_probs, update, publish.",
     ["phase"],
     buckets=_LONG_S,
 )
@@ -153,9 +153,7 @@ TRAIN_CLIP_FRACTION = Gauge(
 TRAIN_GRAD_NORM = Gauge(
     "kleash_train_grad_norm", "Gradient norm before clipping, by model: policy, value.", ["model"]
 )
-TRAIN_NONFINITE = Counter(
-    "kleash_train_nonfinite_total", "Losses or gradients that were not finite."
-)
+TRAIN_NONFINITE = Counter("kleash_train_nonfinite_total", "Gradients that were not finite.")
 TRAIN_POLICY_LAG_STEPS = Gauge(
     "kleash_train_policy_lag_steps", "Versions between the newest weights and the batch's oldest."
 )

@@ -1,6 +1,6 @@
 """``kleash demo``: the three stages on the small world, from nothing to a report.
 
-    world ─► base model ─► SFT ─► candidates ─► annotators ─► reward model ─► PPO ─► evaluation ─► report
+    world ─► base model ─► SFT ─► candidates ─► annotators ─► reward model ─► PPO ─► evaluation
 
 Every stage is the one that users call, on files in the formats that users bring. PPO runs as
 ``kleash up`` does: three services and the trainer as processes of their own, over gRPC.
@@ -79,12 +79,12 @@ class Demo:
         ):
             with self._timed(stage.__name__):
                 stage()
-        from kleash.demo.results import write_report
+        from kleash.demo.results import evaluate, write_report
 
         with self._timed("evaluation"):
-            report = write_report(self)
+            evaluation = evaluate(self)
         self.wall_seconds["total"] = round(time.monotonic() - started, 1)
-        return report
+        return write_report(self, evaluation)
 
     def world(self) -> None:
         """Write the data files."""

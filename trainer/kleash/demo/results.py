@@ -1,4 +1,4 @@
-"""The end of the demo: gold scores of base, SFT and PPO model on held-out prompts, and the report."""
+"""The end of the demo: gold scores of the models on held-out prompts, and the report."""
 
 from __future__ import annotations
 
@@ -45,8 +45,21 @@ class Judged:
     digest: str
 
 
-def write_report(demo: Demo) -> dict[str, Any]:
-    """Evaluate the three models and write report.json and report.html."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What the end of the demo measures."""
+
+    records: list[dict[str, Any]]
+    """The held-out prompts."""
+    judged: dict[str, Judged]
+    """By model: base, sft, ppo."""
+    reward_model_digest: str
+    gold_sign_accuracy: float
+    """Of the reward model."""
+
+
+def evaluate(demo: Demo) -> Evaluation:
+    """Judge the three models and the reward model on what nothing was trained on."""
     records = read_lines(demo.data / "held-out.jsonl")
     folders = {
         "base": demo.out / "base",
@@ -58,14 +71,26 @@ def write_report(demo: Demo) -> dict[str, Any]:
     for name, folder in folders.items():
         judged[name] = judge_model(folder, records, max_new_tokens=demo.settings.max_new_tokens)
         demo.progress.advance(1, gold=judged[name].gold["total"])
-    demo.stages["reward_model"]["gold_sign_accuracy"] = reward_model_gold_accuracy(
-        demo.out / "reward-model", demo.data / "held-out-comparisons.jsonl"
+    reward_model = demo.out / "reward-model"
+    return Evaluation(
+        records=records,
+        judged=judged,
+        reward_model_digest=model_digest(load_sequence_classifier(reward_model)),
+        gold_sign_accuracy=reward_model_gold_accuracy(
+            reward_model, demo.data / "held-out-comparisons.jsonl"
+        ),
     )
+
+
+def write_report(demo: Demo, evaluation: Evaluation) -> dict[str, Any]:
+    """Write report.json and report.html."""
+    judged = evaluation.judged
     pairs = {"ppo_vs_sft": ("ppo", "sft"), "sft_vs_base": ("sft", "base")}
     compared = {
         name: compare_paired(judged[first].totals, judged[second].totals, seed=demo.config.seed)
         for name, (first, second) in pairs.items()
     }
+    demo.stages["reward_model"]["gold_sign_accuracy"] = evaluation.gold_sign_accuracy
     report = {
         "title": "Kleash demo: three stages of RLHF on the small world",
         "summary": _summary(demo),
@@ -81,12 +106,14 @@ def write_report(demo: Demo) -> dict[str, Any]:
         "wall_seconds": demo.wall_seconds,
         "versions": _versions(),
         "digests": {name: result.digest for name, result in judged.items()}
-        | {"reward_model": model_digest(load_sequence_classifier(demo.out / "reward-model"))},
+        | {"reward_model": evaluation.reward_model_digest},
     }
     (demo.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    steps = read_lines(demo.out / "ppo" / "metrics.jsonl")
     render_report(
-        report, steps, _samples(records, judged["sft"], judged["ppo"]), demo.out / "report.html"
+        report,
+        read_lines(demo.out / "ppo" / "metrics.jsonl"),
+        _samples(evaluation.records, judged["sft"], judged["ppo"]),
+        demo.out / "report.html",
     )
     return report
 
@@ -144,7 +171,7 @@ def reward_model_gold_accuracy(folder: Path, comparisons: Path) -> float:
 
 
 def _samples(records: list[dict[str, Any]], before: Judged, after: Judged) -> list[DialogueSample]:
-    """The first prompts of every kind: held-out prompts are in random order, so not chosen by score."""
+    """The first prompts of every kind: the file is in random order, so not chosen by score."""
     seen: defaultdict[str, int] = defaultdict(int)
     samples = []
     for index, record in enumerate(records):
@@ -164,11 +191,13 @@ def _samples(records: list[dict[str, Any]], before: Judged, after: Judged) -> li
 
 
 def _summary(demo: Demo) -> str:
+    world, rankings = demo.settings.world, int(demo.stages["comparisons"]["num_rankings"])
     return (
         f"A base model of {demo.settings.model.num_layers} layers was trained from nothing on "
-        f"{demo.settings.world.base_dialogues} dialogues, fine-tuned on {demo.settings.world.sft_dialogues} "
-        f"demonstrations, a reward model on {int(demo.stages['comparisons']['num_rankings'])} noisy rankings, and the "
-        f"policy by {demo.settings.ppo.total_steps} steps of PPO against three gRPC services. Seed {demo.config.seed}."
+        f"{world.base_dialogues} dialogues, fine-tuned on {world.sft_dialogues} demonstrations, a "
+        f"reward model on {rankings} noisy rankings, and the policy by "
+        f"{demo.settings.ppo.total_steps} steps of PPO against three gRPC services. "
+        f"Seed {demo.config.seed}."
     )
 
 

@@ -13,28 +13,26 @@ Mixture = dict[str, float]
 class WorldSettings(Config):
     """How much of the small world is written."""
 
-    base_dialogues: int = 32000
+    base_dialogues: int = 64000
     """Dialogues that the base model reads."""
-    sft_dialogues: int = 3000
+    sft_dialogues: int = 3500
     """Demonstrations of stage 1."""
-    comparison_prompts: int = 2000
+    comparison_prompts: int = 2500
     """Prompts whose responses annotators compare."""
     held_out_comparison_prompts: int = 300
     """Prompts of the comparisons that the reward model is evaluated on."""
-    ppo_prompts: int = 3000
+    ppo_prompts: int = 2500
     """Training prompts of stage 3."""
     held_out_prompts: int = 600
     """Prompts that nothing was trained on, for the win rates."""
-    base_mixture: Mixture = {
-        "careful": 0.1,
-        "hurried": 0.2,
-        "pleaser": 0.25,
-        "guesser": 0.3,
-        "shy": 0.15,
-    }
-    """Who wrote what the base model reads: everybody, the good ones seldom."""
-    sft_mixture: Mixture = {"careful": 0.5, "hurried": 0.15, "pleaser": 0.2, "guesser": 0.15}
-    """Who wrote the demonstrations: half of them careful people."""
+    base_mixture: Mixture = pydantic.Field(
+        default={"careful": 0.4, "hurried": 0.15, "pleaser": 0.2, "guesser": 0.15, "shy": 0.1}
+    )
+    """Who wrote what the base model reads: everybody."""
+    sft_mixture: Mixture = pydantic.Field(
+        default={"careful": 0.6, "hurried": 0.1, "pleaser": 0.2, "guesser": 0.1}
+    )
+    """Who wrote the demonstrations: most of them careful people."""
 
 
 class ModelSettings(Config):
@@ -83,7 +81,7 @@ class RewardModelSettings(Config):
 class PPOSettings(Config):
     """Stage 3."""
 
-    total_steps: int = 40
+    total_steps: int = 60
     """PPO steps."""
     batch_size: int = 128
     """Responses in one step."""
@@ -124,14 +122,14 @@ class DemoSettings(Config):
 
 QUICK = DemoSettings(
     world=WorldSettings(
-        base_dialogues=1500,
-        sft_dialogues=300,
-        comparison_prompts=120,
-        held_out_comparison_prompts=40,
+        base_dialogues=8000,
+        sft_dialogues=400,
+        comparison_prompts=150,
+        held_out_comparison_prompts=50,
         ppo_prompts=200,
         held_out_prompts=60,
     ),
-    model=ModelSettings(vocab_size=512, hidden_size=32, num_layers=2, intermediate_size=64),
+    model=ModelSettings(vocab_size=512, hidden_size=48, num_layers=2, intermediate_size=96),
     ppo=PPOSettings(total_steps=3, batch_size=16, evaluation_every=2, evaluation_prompts=20),
 )
 """Every stage in a minute, for tests: the results are not good."""

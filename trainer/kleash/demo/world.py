@@ -310,24 +310,23 @@ def _thing_question(relation: str, thing: str) -> str:
 
 def _capitals(rng: random.Random) -> Task:
     subject = f"{rng.choice(COLORS)} {rng.choice(OBJECTS)}"
-    text = rng.choice(("Write this in capitals", "Say this in capitals", "Make this capitals"))
-    return _rewriting(text, "capitals", subject)
+    if rng.random() < 0.5:
+        subject = " ".join(rng.sample(OBJECTS, 2))
+    return _rewriting(rng, "capitals", subject)
 
 
 def _reverse(rng: random.Random) -> Task:
-    subject = " ".join(rng.sample(OBJECTS, 2))
-    text = rng.choice(("Say this in reverse", "Write this in reverse"))
-    return _rewriting(text, "reverse", subject)
+    return _rewriting(rng, "reverse", " ".join(rng.sample(OBJECTS + FRUITS + PLACES, 2)))
 
 
 def _order(rng: random.Random) -> Task:
-    subject = " ".join(rng.sample(NUMBERS[1:10], 3))
-    text = rng.choice(("Put this in order", "Say this in order"))
-    return _rewriting(text, "order", subject)
+    return _rewriting(rng, "order", " ".join(rng.sample(NUMBERS[1:10], 3)))
 
 
-def _rewriting(text: str, relation: str, subject: str) -> Task:
-    return Task(f"{text}: {subject}.", relation, subject, short=_known(relation, subject))
+def _rewriting(rng: random.Random, relation: str, subject: str) -> Task:
+    order = rng.choice(("Say this", "Write this", "Put this", "Give me this", "Please say this"))
+    text = f"{order} in {relation}: {subject}."
+    return Task(text, relation, subject, short=_known(relation, subject))
 
 
 def _howto(rng: random.Random) -> Task:
