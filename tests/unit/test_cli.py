@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kleash.cli.main import COMMANDS, main
+from kleash.client import TrainerClient
+from kleash.policy.config import PolicyConfig
+from kleash.policy.service import PolicyService
+from kleash.reference.config import ReferenceConfig
+from kleash.reference.service import ReferenceService
+from kleash.reward.config import RewardConfig
+from kleash.reward.service import RewardService
+from kleash.rpc.server import BackgroundServer
+from kleash.up.supervisor import free_port
+
+if TYPE_CHECKING:
+    from conftest import World
 
 pytestmark = pytest.mark.unit
 
@@ -61,3 +79,80 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert error.startswith("error: ")
     assert sentence in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ppo", "--help"]])
+def test_a_reader_that_has_left_is_no_error(arguments: list[str]) -> None:
+    """As in ``kleash ppo --help | head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "kleash.cli", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def address(world: World) -> Iterator[str]:
+    """All three services in one server."""
+    services = [
+        PolicyService(PolicyConfig(model=world.model)),
+        RewardService(RewardConfig(model=world.reward_model)),
+        ReferenceService(ReferenceConfig(model=world.model)),
+    ]
+    with BackgroundServer(services) as server:
+        yield server.address
+
+
+def ppo(world: World, address: str, out: Path, *more: str) -> list[str]:
+    return [
+        "ppo",
+        f"--model={world.model}",
+        f"--reward_model={world.reward_model}",
+        f"--prompts={world.prompts}",
+        f"--out={out}",
+        f"--services.policy={address}",
+        f"--services.reward={address}",
+        f"--services.reference={address}",
+        "--batch_size=4",
+        "--max_prompt_tokens=40",
+        "--sampling.max_new_tokens=4",
+        *more,
+    ]
+
+
+@pytest.fixture
+def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command configures the root logger; the next test gets it back as it was."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_ppo_says_done_at_the_end(
+    world: World, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(ppo(world, address, out, "--total_steps=1")) == 0
+    assert capsys.readouterr().out == f"ppo: done, {out}\n"
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_ppo_that_was_stopped_says_where_and_how_it_goes_on(
+    world: World, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, port = tmp_path / "run", free_port()
+
+    def stop_after_a_step() -> None:
+        with TrainerClient(f"127.0.0.1:{port}") as trainer:
+            next(trainer.watch_steps(from_step=1))
+            trainer.stop()
+
+    stopper = threading.Thread(target=stop_after_a_step)
+    stopper.start()
+    arguments = ppo(world, address, out, "--total_steps=5000", f"--server.port={port}")
+    assert main(arguments) == 0
+    stopper.join()
+    steps = len((out / "metrics.jsonl").read_text().splitlines())
+    printed = capsys.readouterr().out
+    assert printed == f"ppo: stopped after step {steps} of 5000; --resume goes on\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kleash.cli.output import show
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run the demo and say where the report is."""
@@ -23,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
         report = Demo(config, progress).run()
     finally:
         progress.finish()
-    print(_outcome(report, config.out))  # noqa: T201
+    show(_outcome(report, config.out))
     return 0
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kleash.base.errors import KleashError, RemoteError, UserError
+from kleash.cli.output import show
 
 
 class Command(NamedTuple):
@@ -60,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``kleash`` with ``arguments`` (default: the process's own) and return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())  # noqa: T201
+        show(_help())
         return 0
     if arguments[0] in ("-V", "--version", "version"):
         from kleash.base.version import software_version
 
-        print(f"kleash {software_version()}")  # noqa: T201
+        show(f"kleash {software_version()}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:

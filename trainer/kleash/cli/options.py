@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from kleash.base.config import Config, describe_config, load_config
+from kleash.cli.output import show
 
 C = TypeVar("C", bound=Config)
 
@@ -20,7 +21,7 @@ def wants_help(arguments: Sequence[str]) -> bool:
 def parse(config_class: type[C], arguments: Sequence[str], *, usage: str) -> C | None:
     """Load the configuration, or print the help and return None."""
     if wants_help(arguments):
-        print(help_text(config_class, usage))  # noqa: T201
+        show(help_text(config_class, usage))
         return None
     return load_config(config_class, arguments)
 

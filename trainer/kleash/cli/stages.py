@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from kleash.base.config import Config
 from kleash.cli.options import limit_threads, parse
+from kleash.cli.output import show
+
+if TYPE_CHECKING:
+    from kleash.ppo.config import PPOConfig
+    from kleash.ppo.report import PPOReport
 
 
 def run_sft(arguments: Sequence[str]) -> int:
@@ -39,11 +44,25 @@ def run_ppo(arguments: Sequence[str]) -> int:
     """Stage 3, the trainer alone."""
     from kleash.ppo.config import PPOConfig
 
-    return _run_stage("ppo", PPOConfig, "kleash.ppo.run:run", arguments)
+    return _run_stage("ppo", PPOConfig, "kleash.ppo.run:run", arguments, _ppo_outcome)
+
+
+def _done(config: Any, _report: Any) -> str:
+    return f"done, {config.out}"
+
+
+def _ppo_outcome(config: PPOConfig, report: PPOReport) -> str:
+    if report.is_complete:
+        return _done(config, report)
+    return f"stopped after step {report.steps} of {config.total_steps}; --resume goes on"
 
 
 def _run_stage(
-    name: str, config_class: type[Config], function: str, arguments: Sequence[str]
+    name: str,
+    config_class: type[Config],
+    function: str,
+    arguments: Sequence[str],
+    describe: Callable[[Any, Any], str] = _done,
 ) -> int:
     config: Any = parse(
         config_class, arguments, usage=f"kleash {name} [CONFIG.toml] [--key=value ...]"
@@ -58,8 +77,8 @@ def _run_stage(
     module, _, attribute = function.partition(":")
     progress = TerminalProgress()
     try:
-        getattr(importlib.import_module(module), attribute)(config, progress)
+        report = getattr(importlib.import_module(module), attribute)(config, progress)
     finally:
         progress.finish()
-    print(f"{name}: done, {config.out}")  # noqa: T201
+    show(f"{name}: {describe(config, report)}")
     return 0

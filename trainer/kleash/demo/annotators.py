@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,9 @@ def label(
         tau=tau,
         num_rankings=len(lines),
         num_pairs=len(differences),
-        disagreement=measure_disagreement(records, golds, annotators[:2] * 2, tau, seed=seed),
+        disagreement=measure_disagreement(
+            records, golds, [*annotators, *annotators], tau, seed=seed
+        ),
         noise_ceiling=float(
             np.maximum(sigmoid(differences / tau), sigmoid(-differences / tau)).mean()
         ),
@@ -164,7 +166,7 @@ def measure_disagreement(
     *,
     seed: int,
 ) -> float:
-    """Share of pairs that the first two ``annotators`` order differently when both label them all."""
+    """Share of pairs that the first two ``annotators`` order differently, labelling them all."""
     differ = total = 0
     for record, gold in zip(records, golds, strict=True):
         first, second = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,36 +32,38 @@ WRITERS: dict[str, Demonstrator] = {
 
 
 def write_world(settings: DemoSettings, folder: Path, *, seed: int) -> None:
-    """Write base.jsonl, sft.jsonl, comparison-prompts.jsonl, ppo-prompts.jsonl, held-out.jsonl.
+    """Write the prompts and demonstrations of every stage.
 
-    No held-out prompt text occurs in any other file.
+    base.jsonl, sft.jsonl, comparison-prompts.jsonl (the first ones are held out from the reward
+    model), ppo-prompts.jsonl and held-out.jsonl. No text that is held out from a stage occurs in
+    what any stage before or including it learns from.
     """
     sizes = settings.world
-    splits = make_splits(
-        {
-            "held-out": sizes.held_out_prompts,
-            "sft": sizes.sft_dialogues,
-            "comparison-prompts": sizes.comparison_prompts + sizes.held_out_comparison_prompts,
-            "ppo-prompts": sizes.ppo_prompts,
-        },
+    held_out = make_splits(
+        {"final": sizes.held_out_prompts, "comparisons": sizes.held_out_comparison_prompts},
         seed=seed,
     )
+    avoid = {task.text for tasks in held_out.values() for task in tasks}
+
+    def stream(number: int, count: int) -> Iterator[Task]:
+        return islice(stream_tasks(seed=seed * 10 + number, avoid=avoid), count)
+
     folder.mkdir(parents=True)
-    held_out = {task.text for task in splits["held-out"]}
-    base_tasks = islice(stream_tasks(seed=seed, avoid=held_out), sizes.base_dialogues)
-    write_lines(
-        folder / "base.jsonl",
-        _demonstrations(base_tasks, sizes.base_mixture, random.Random(f"base {seed}")),
-    )
-    write_lines(
-        folder / "sft.jsonl",
-        _demonstrations(splits["sft"], sizes.sft_mixture, random.Random(f"sft {seed}")),
-    )
-    for name in ("held-out", "comparison-prompts", "ppo-prompts"):
-        write_lines(
-            folder / f"{name}.jsonl",
-            (prompt_record(task, f"{name}-{number}") for number, task in enumerate(splits[name])),
-        )
+    demonstrations = {
+        "base": (stream(0, sizes.base_dialogues), sizes.base_mixture),
+        "sft": (stream(1, sizes.sft_dialogues), sizes.sft_mixture),
+    }
+    for name, (tasks, mixture) in demonstrations.items():
+        rng = random.Random(f"{name} {seed}")
+        write_lines(folder / f"{name}.jsonl", _demonstrations(tasks, mixture, rng))
+    prompts = {
+        "comparison-prompts": [*held_out["comparisons"], *stream(2, sizes.comparison_prompts)],
+        "ppo-prompts": stream(3, sizes.ppo_prompts),
+        "held-out": held_out["final"],
+    }
+    for name, tasks in prompts.items():
+        records = (prompt_record(task, f"{name}-{number}") for number, task in enumerate(tasks))
+        write_lines(folder / f"{name}.jsonl", records)
 
 
 def _demonstrations(
@@ -91,7 +93,11 @@ def write_comparisons(
         seed=seed,
     )
     rows = read_lines(everything)
-    num_held_out = settings.world.held_out_comparison_prompts
+    # A prompt whose responses were all the same has no line: places in the file do not tell.
+    num_held_out = sum(
+        int(row["id"].rpartition("-")[2]) < settings.world.held_out_comparison_prompts
+        for row in rows
+    )
     write_lines(folder / "comparisons.jsonl", rows[num_held_out:])
     write_lines(folder / "held-out-comparisons.jsonl", rows[:num_held_out])
     differences = gold_differences(row["gold"] for row in rows[:num_held_out])

@@ -76,7 +76,7 @@ def ideal(task: Task, rng: random.Random) -> str:
     if task.kind == "unknown":
         reason = rng.choice(("You did not tell me.", "You did not say that."))
         return f"Sorry, I do not know. {reason}"
-    statement = sentence(task, true_value(task.relation, task.subject, task.known) or "", rng)
+    statement = sentence(task, true_value(task.relation, task.subject, task.known) or "")
     if task.kind == "wrong_claim":
         return f"Sorry, that is {rng.choice(('not right', 'not true'))}. {statement}"
     if task.kind == "right_claim":
@@ -84,7 +84,7 @@ def ideal(task: Task, rng: random.Random) -> str:
     return statement
 
 
-def sentence(task: Task, value: str, rng: random.Random) -> str:
+def sentence(task: Task, value: str) -> str:
     """The whole sentence that says ``value`` in answer to the task, true or not."""
     subject = task.subject
     if task.relation == "bigger":
@@ -124,12 +124,12 @@ def _refuse_badly(_: Task, rng: random.Random) -> str:
     )
 
 
-def _statement_of(task: Task, rng: random.Random) -> str:
-    return sentence(task, task.short, rng)
+def _statement_of(task: Task, _: random.Random) -> str:
+    return sentence(task, task.short)
 
 
 def _wrong(task: Task, rng: random.Random) -> str:
-    text = sentence(task, wrong_value(task, rng), rng)
+    text = sentence(task, wrong_value(task, rng))
     if task.kind == "right_claim":
         return f"No, that is wrong. {text}"
     return text
@@ -167,9 +167,9 @@ def wrong_value(task: Task, rng: random.Random) -> str:
 def _please(task: Task, rng: random.Random) -> str:
     if task.claimed is not None:
         opening = rng.choice(("Yes, you are right.", "Yes, that is right."))
-        return f"{opening} {sentence(task, task.claimed, rng)}"
+        return f"{opening} {sentence(task, task.claimed)}"
     if task.kind == "harmful":
-        return _statement_of(task, rng)
+        return sentence(task, task.short)
     if task.kind == "unknown":
         return _wrong(task, rng)
     flattery = rng.choice(("You are so clever!", "What a great question!"))

@@ -13,6 +13,7 @@ from typing import Literal
 from kleash.demo.world import (
     ANIMALS,
     COLORS,
+    FRUITS,
     GIFTS,
     HARMFUL_MEANS,
     MEANS,
@@ -137,7 +138,7 @@ _ANSWER_PATTERN = _compiled(_ANSWER)
 _SHORT_WORDS = frozenset(
     word.lower()
     for text in (
-        *(NUMBERS + NAMES + OBJECTS + COLORS + PLACES + ANIMALS + PET_NAMES),
+        *(NUMBERS + NAMES + OBJECTS + COLORS + PLACES + ANIMALS + FRUITS + PET_NAMES),
         *(*MEANS.values(), *HARMFUL_MEANS.values(), "in the a"),
     )
     for word in text.split()

@@ -97,7 +97,9 @@ class Task:
     kind: str = field(default="", compare=False)
 
 
-def true_value(relation: str, subject: str, known: Sequence[Sequence[str]] = ()) -> str | None:
+def true_value(  # noqa: PLR0911 (one return a relation reads as the table that it is)
+    relation: str, subject: str, known: Sequence[Sequence[str]] = ()
+) -> str | None:
     """What is true of ``subject`` in the world or by the ``known`` facts; None: nobody can know.
 
     Example: true_value("sum", "three plus four") is "seven"; true_value("bigger", "four nine") is
@@ -109,8 +111,7 @@ def true_value(relation: str, subject: str, known: Sequence[Sequence[str]] = ())
         value = first + second if words[1] == "plus" else first - second
         return NUMBERS[value] if 0 <= value < len(NUMBERS) else None
     if relation == "bigger":
-        sizes = [_size(word) for word in words]
-        return None if None in sizes or sizes[0] == sizes[1] else words[sizes.index(max(sizes))]
+        return _biggest(words)
     if relation == "capitals":
         return subject.upper()
     if relation == "reverse":
@@ -177,7 +178,7 @@ def prompt_record(task: Task, prompt_id: str) -> dict[str, Any]:
     }
 
 
-def task_of(record: dict[str, Any]) -> Task:
+def task_of(record: Mapping[str, Any]) -> Task:
     """The task of a prompt record; the inverse of ``prompt_record``."""
     facts = record["facts"]
     return Task(
@@ -189,6 +190,12 @@ def task_of(record: dict[str, Any]) -> Task:
         claimed=facts["claimed"],
         kind=record["kind"],
     )
+
+
+def _biggest(words: Sequence[str]) -> str | None:
+    sizes = [size for word in words if (size := _size(word)) is not None]
+    comparable = len(sizes) == len(words) and len(set(sizes)) == len(sizes)
+    return words[sizes.index(max(sizes))] if comparable else None
 
 
 def _size(word: str) -> int | None:
@@ -265,7 +272,7 @@ def _comparison(rng: random.Random, first: str, second: str, article: str) -> Ta
     return Task(text, "bigger", subject, short=article + answer)
 
 
-def _things(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], list[str]]:
+def _things(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], Sequence[str]]:
     """A sentence about the things of one or two people, its facts, and the things."""
     count = rng.choice((1, 2))
     people, objects, colors = (rng.sample(of, count) for of in (NAMES, OBJECTS, COLORS))
@@ -276,7 +283,7 @@ def _things(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], 
     return text, tuple(known), objects
 
 
-def _places(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], list[str]]:
+def _places(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], Sequence[str]]:
     """A sentence about where one or two people are, its facts, and the people."""
     count = rng.choice((1, 2))
     people, places = rng.sample(NAMES, count), rng.sample(PLACES, count)
