@@ -130,8 +130,12 @@ def _compiled(form: str) -> re.Pattern[str]:
     return re.compile(form, re.IGNORECASE)
 
 
-_OPENING_PATTERNS = tuple((_compiled(rf"(?:{form})(?:, *|$)"), kind) for form, kind in _OPENINGS)
-_PHRASE_PATTERNS = tuple((_compiled(form), kind) for form, kind in _PHRASES)
+_OPENING_PATTERNS: tuple[tuple[re.Pattern[str], ActKind], ...] = tuple(
+    (_compiled(rf"(?:{form})(?:, *|$)"), kind) for form, kind in _OPENINGS
+)
+_PHRASE_PATTERNS: tuple[tuple[re.Pattern[str], ActKind], ...] = tuple(
+    (_compiled(form), kind) for form, kind in _PHRASES
+)
 _STATEMENT_PATTERNS = tuple((relation, _compiled(form)) for relation, form in _STATEMENTS)
 _ANSWER_PATTERN = _compiled(_ANSWER)
 

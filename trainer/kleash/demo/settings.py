@@ -15,13 +15,13 @@ class WorldSettings(Config):
 
     base_dialogues: int = 64000
     """Dialogues that the base model reads."""
-    sft_dialogues: int = 3500
+    sft_dialogues: int = 4000
     """Demonstrations of stage 1."""
-    comparison_prompts: int = 2500
+    comparison_prompts: int = 5000
     """Prompts whose responses annotators compare."""
     held_out_comparison_prompts: int = 300
     """Prompts of the comparisons that the reward model is evaluated on."""
-    ppo_prompts: int = 2500
+    ppo_prompts: int = 4000
     """Training prompts of stage 3."""
     held_out_prompts: int = 600
     """Prompts that nothing was trained on, for the win rates."""
@@ -70,11 +70,11 @@ class RewardModelSettings(Config):
 
     num_responses: int = 4
     """Candidates for each prompt."""
-    disagreement: float = 0.25
+    disagreement: float = 0.22
     """Share of pairs on which two annotators disagree."""
     learning_rate: float = 1e-3
     """Peak of the cosine schedule."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Prompts in one optimizer step."""
 
 
