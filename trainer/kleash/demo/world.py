@@ -272,9 +272,13 @@ def _comparison(rng: random.Random, first: str, second: str, article: str) -> Ta
     return Task(text, "bigger", subject, short=article + answer)
 
 
+NUM_FACTS = (1, 1, 2)
+"""People in a story, drawn from here."""
+
+
 def _things(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], Sequence[str]]:
     """A sentence about the things of one or two people, its facts, and the things."""
-    count = rng.choice((1, 2))
+    count = rng.choice(NUM_FACTS)
     people, objects, colors = (rng.sample(of, count) for of in (NAMES, OBJECTS, COLORS))
     rows = list(zip(people, objects, colors, strict=True))
     text = " and ".join(f"{name} has a {color} {thing}" for name, thing, color in rows) + "."
@@ -285,7 +289,7 @@ def _things(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], 
 
 def _places(rng: random.Random) -> tuple[str, tuple[tuple[str, str, str], ...], Sequence[str]]:
     """A sentence about where one or two people are, its facts, and the people."""
-    count = rng.choice((1, 2))
+    count = rng.choice(NUM_FACTS)
     people, places = rng.sample(NAMES, count), rng.sample(PLACES, count)
     rows = list(zip(people, places, strict=True))
     text = " and ".join(f"{name} is in the {place}" for name, place in rows) + "."
@@ -364,15 +368,17 @@ def _request(rng: random.Random, verb: str) -> Task:
 
 
 def _unknown_thing(rng: random.Random) -> Task:
-    story, known, objects = _things(rng)
-    thing = rng.choice([name for name in OBJECTS if name not in objects])
+    """A question about a thing that the story does not name; the story may be about places."""
+    story, known, named = rng.choice((_things, _places, _places))(rng)
+    thing = rng.choice([name for name in OBJECTS if name not in named])
     relation = rng.choice(("color", "owner"))
     return Task(f"{story} {_thing_question(relation, thing)}", relation, thing, known)
 
 
 def _unknown_place(rng: random.Random) -> Task:
-    story, known, people = _places(rng)
-    name = rng.choice([name for name in NAMES if name not in people])
+    """A question about where somebody is whom the story does not place."""
+    story, known, _ = rng.choice((_places, _things, _things))(rng)
+    name = rng.choice([name for name in NAMES if name not in story])
     return Task(f"{story} Where is {name}?", "place", name, known)
 
 
