@@ -44,7 +44,7 @@ def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """xxh3-128 of the tensor's bytes, 16 bytes."""
-    return xxhash.xxh3_128_digest(tensor_bytes(tensor))
+    return xxhash.xxh3_128_digest(tensor_bytes(tensor).data)
 
 
 def combine_digests(entries: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
