@@ -128,9 +128,6 @@ WEIGHTS_UPDATE_BYTES = Counter("kleash_weights_update_bytes_total", "Bytes of we
 WEIGHTS_UPDATE_FAILURES = Counter(
     "kleash_weights_update_failures_total", "Publishes refused or failed."
 )
-GPU_MEMORY_BYTES = Gauge(
-    "kleash_gpu_memory_bytes", "Accelerator memory: allocated, reserved, total.", ["kind"]
-)
 REWARD_SCORE = Histogram("kleash_reward_score", "Scores given.", ["model_name"], buckets=_SCORE)
 
 # --- trainer ----------------------------------------------------------------------------------

@@ -63,10 +63,11 @@ class DecodeLoop:
         self._waiting: deque[DecodeRequest] = deque()
         self._generation_of: dict[DecodeRequest, Generation] = {}
         self._generations: set[Generation] = set()
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards the next two, and what enters the inbox
         self._queued_tokens = 0
         self._is_accepting = True
         self._is_stopping = False
+        self._has_failed = False
         self._is_idle = True
         self._last_progress = time.monotonic()
         self._tokens_per_s = 0.0
@@ -82,18 +83,24 @@ class DecodeLoop:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Refuse new requests, finish the running ones and end the thread. Blocks."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Refuse new requests, finish the running ones and end the thread; ``wait`` for its end."""
         with self._lock:
             self._is_accepting = False
-        if self._thread.is_alive():
+        if self.is_alive:
             self._inbox.put(self._stop_when_idle)
-            self._thread.join()
+            if wait:
+                self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread lives."""
+        return self._thread.is_alive()
 
     @property
     def is_running(self) -> bool:
         """Whether the thread lives and takes requests."""
-        return self._is_accepting and self._thread.is_alive()
+        return self._is_accepting and self.is_alive
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -144,22 +151,35 @@ class DecodeLoop:
         return future
 
     def _check_running(self) -> None:
+        if self._has_failed:
+            raise _died()
         if not self._is_accepting:
             metrics.REQUESTS_REJECTED.labels("policy", "draining").inc()
             raise Unavailable("the policy service is stopping; try another.", reason="DRAINING")
-        if not self._thread.is_alive():
-            raise Unavailable("the policy's decoding thread has died; try another.", reason="DEAD")
 
     def _serve(self) -> None:
-        while self._obey():
-            try:
-                self._advance()
-            except Exception as error:
-                # The rows' keys and values may be half written: nothing of them is kept.
-                logger.exception("decoding failed; every running request is given up")
-                for generation in list(self._generations):
-                    self._end(generation, error)
-                self.decoder = self._new_decoder()
+        try:
+            while self._obey():
+                try:
+                    self._advance()
+                except Exception as error:
+                    # The rows' keys and values may be half written: nothing of them is kept.
+                    logger.exception("decoding failed; every running request is given up")
+                    for generation in list(self._generations):
+                        self._end(generation, error)
+                    self.decoder = self._new_decoder()
+        except BaseException:
+            logger.exception("the decoding thread has died; every request is refused from now on")
+            self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        """Nobody may wait for a thread that has died, whatever is still in its inbox."""
+        with self._lock:
+            self._has_failed, self._is_accepting = True, False
+        while not self._inbox.empty():
+            self._inbox.get()()
+        for generation in list(self._generations):
+            self._end(generation, _died())
 
     def _obey(self) -> bool:
         """Run the commands in the inbox, waiting for one when idle. False means: end."""
@@ -281,6 +301,10 @@ class DecodeLoop:
         self._running_requests.set(running)
         self._queue_requests.set(len(self._generations) - running)
         self._queue_tokens.set(self._queued_tokens)
+
+
+def _died() -> Unavailable:
+    return Unavailable("the policy's decoding thread has died; try another.", reason="DEAD")
 
 
 def finished_or_error(event: list[Decoded] | Exception) -> list[Decoded]:

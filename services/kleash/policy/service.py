@@ -12,6 +12,8 @@ from kleash.policy.servicer import PolicyServicer, WeightsServicer
 from kleash.policy.v1 import policy_pb2_grpc
 from kleash.weights.v1 import weights_pb2_grpc
 
+END_POLL_S = 0.02
+
 
 class PolicyService:
     """Implements kleash.rpc.service.Service over an engine."""
@@ -56,5 +58,9 @@ class PolicyService:
     async def stop(self) -> None:
         """Finish running requests and refuse new ones."""
         self._is_started = False
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.loop.stop)
+        if self._engine is None:
+            return
+        self._engine.loop.stop(wait=False)
+        # A thread that waits would keep the stopped process alive when the model hangs.
+        while self._engine.loop.is_alive:
+            await asyncio.sleep(END_POLL_S)
