@@ -62,5 +62,5 @@ class PolicyService:
             return
         self._engine.loop.stop(wait=False)
         # A thread that waits would keep the stopped process alive when the model hangs.
-        while self._engine.loop.is_alive:
+        while self._engine.loop.is_alive:  # noqa: ASYNC110 (a thread sets no asyncio.Event)
             await asyncio.sleep(END_POLL_S)

@@ -26,13 +26,13 @@ class WorldSettings(Config):
     held_out_prompts: int = 600
     """Prompts that nothing was trained on, for the win rates."""
     base_mixture: Mixture = pydantic.Field(
-        default={"careful": 0.4, "hurried": 0.15, "pleaser": 0.2, "guesser": 0.15, "shy": 0.1}
+        default={"careful": 0.35, "hurried": 0.15, "pleaser": 0.2, "guesser": 0.15, "shy": 0.15}
     )
     """Who wrote what the base model reads: everybody."""
     sft_mixture: Mixture = pydantic.Field(
-        default={"careful": 0.6, "hurried": 0.1, "pleaser": 0.2, "guesser": 0.1}
+        default={"careful": 0.45, "hurried": 0.2, "pleaser": 0.25, "guesser": 0.1}
     )
-    """Who wrote the demonstrations: most of them careful people."""
+    """Who wrote the demonstrations: fewer than half of them careful people."""
 
 
 class ModelSettings(Config):
