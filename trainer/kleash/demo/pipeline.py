@@ -36,8 +36,9 @@ class DemoConfig(Config):
     """Decides the world, the models' first weights and every draw."""
     quick: bool = False
     """Far smaller everything: shows that it works within a minute, with poor results."""
-    num_threads: int = pydantic.Field(default=0, ge=0)
-    """Threads of each process; 0 leaves torch's own choice."""
+    num_threads: int = pydantic.Field(default=1, ge=0)
+    """Threads of each process; 0 leaves torch's own choice. With 1 the results do not depend on the
+    number of cores; the longest stage runs four processes side by side in any case."""
     settings: DemoSettings | None = None
     """Sizes and hyper-parameters in place of the built-in ones."""
 
