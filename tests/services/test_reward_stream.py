@@ -51,6 +51,17 @@ def test_stream_answers_every_item(client: RewardClient) -> None:
     assert scores[0].revision == client.get_model().model.revision
 
 
+def test_what_the_inputs_raise_is_raised_after_their_scores(client: RewardClient) -> None:
+    def texts() -> Iterator[str]:
+        yield from ("hello", "world")
+        raise OSError("the disk of the inputs is gone.")
+
+    stream = client.score_stream(texts())
+    assert sorted((next(stream).index, next(stream).index)) == [0, 1]
+    with pytest.raises(OSError, match="the disk of the inputs is gone"):
+        next(stream)
+
+
 def test_stream_ends_when_its_reader_stops(client: RewardClient) -> None:
     """The input is endless; the server is at rest again afterwards."""
     num_read = 0

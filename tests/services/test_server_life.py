@@ -32,7 +32,6 @@ from tests.services.doubler import (
 from kleash.base.errors import UserError
 from kleash.reference.v1 import reference_pb2_grpc
 from kleash.rpc import errors
-from kleash.rpc.channel import connect, wait_until_ready
 
 pytestmark = pytest.mark.services
 
@@ -174,15 +173,6 @@ def test_a_failing_load_is_raised_and_frees_the_port() -> None:
         pass
     with serving(port=port) as server, client(server.address) as stub:
         assert first(stub.LogProbs(request_of([1]), timeout=CALL_S)) == [2]
-
-
-def test_waiting_for_a_server_that_never_comes_names_it() -> None:
-    address = f"127.0.0.1:{free_port()}"
-    with connect(address, service=SERVICE, methods_to_retry=[]) as channel:
-        with pytest.raises(errors.Unavailable, match=f"no healthy service at {address} after"):
-            wait_until_ready(channel, address, timeout_s=0.3)
-        with serving(port=int(address.rpartition(":")[2])):
-            wait_until_ready(channel, address, timeout_s=CALL_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

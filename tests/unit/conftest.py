@@ -18,7 +18,7 @@ from kleash.policy.config import PolicyConfig
 from kleash.policy.local import LocalPolicy, LocalWeights
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.learner import Learner
-from kleash.ppo.rollout import Collector, Rollout
+from kleash.ppo.rollout import Collector, Rollout, Sample
 from kleash.ppo.services import Services
 from kleash.reference.config import ReferenceConfig
 from kleash.reference.local import LocalReference
@@ -134,3 +134,9 @@ def world(
     yield world
     for policy in world.policies:
         policy.close()
+
+
+@pytest.fixture(scope="session")
+def samples(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """One rollout of the SFT policy; nobody changes it."""
+    return world.rollout(world.config(tmp_path_factory.mktemp("unused"))).samples

@@ -1,15 +1,13 @@
-"""Checkpoints, the run folder and resuming: complete, verified, bit for bit (facts/ppo.md P21)."""
+"""Checkpoints, the run folder and the control: complete, verified, bit for bit."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +19,11 @@ from kleash.lm.digest import model_digest
 from kleash.lm.load import load_causal_lm, load_tokenizer
 from kleash.ppo import checkpoint
 from kleash.ppo.checkpoint import RunPosition
-from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState, SavedCheckpoint
 from kleash.ppo.learner import Learner
 from kleash.ppo.randomness import draw, sampling_seed
-from kleash.ppo.report import PPOReport
 from kleash.ppo.rollout import Sample
 from kleash.ppo.run_folder import open_run_folder
-from kleash.ppo.services import Services
-from kleash.ppo.train import train
 
 if TYPE_CHECKING:
     from conftest import World
@@ -51,11 +45,6 @@ def save(world: World, folder: Path, learner: Learner, step: int) -> Path:
         digests=DIGESTS,
         lineage={"stage": "ppo"},
     )
-
-
-@pytest.fixture(scope="module")
-def samples(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    return world.rollout(world.config(tmp_path_factory.mktemp("unused"))).samples
 
 
 # --------------------------------------------------------------------------------- checkpoints
@@ -157,6 +146,12 @@ def test_a_write_that_was_cut_off_is_not_a_checkpoint(
     assert checkpoint.newest(tmp_path / "nothing") is None
 
 
+def test_the_next_checkpoint_clears_away_what_was_cut_off(world: World, tmp_path: Path) -> None:
+    (tmp_path / ".step-000003.partial" / "policy").mkdir(parents=True)
+    save(world, tmp_path, world.learner(world.config(tmp_path)), step=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+
 def test_the_newest_checkpoints_are_kept(world: World, tmp_path: Path) -> None:
     learner = world.learner(world.config(tmp_path, checkpoint={"keep": 2}))
     for step in (9, 10, 100):
@@ -202,99 +197,6 @@ def test_what_does_not_change_the_mathematics_may_change(
     saved.check_config(world.config(tmp_path / "moved", **changes))
     with pytest.raises(ConfigError, match=r"the reward model \(other\) is not the one"):
         saved.check_digests(DIGESTS | {"reward_model": "other"})
-
-
-# ----------------------------------------------------------------------------------- whole runs
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A run of four steps that nothing disturbed."""
-
-    out: Path
-    report: PPOReport
-    services: Services
-
-
-def four_steps(world: World, out: Path) -> PPOConfig:
-    return world.config(
-        out,
-        total_steps=4,
-        checkpoint={"every": 1, "keep": 2},
-        kl={"coefficient": 0.2},
-        evaluation={"prompts": str(world.prompts), "every": 2, "num_prompts": 3},
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    out, services = tmp_path_factory.mktemp("runs") / "whole", world.services()
-    return Whole(out, train(four_steps(world, out), services), services)
-
-
-def test_a_run_cut_in_two_equals_one_run(world: World, whole: Whole, tmp_path: Path) -> None:
-    """P21, through the whole trainer: models, optimizers, prompts, seeds, versions, metrics."""
-    out, control = tmp_path / "cut", Control()
-    config = four_steps(world, out)
-    stop_after(control, 2)
-    half = train(config, world.services(), control=control)
-    assert (half.steps, half.is_complete) == (2, False)
-    assert not (out / "policy").exists()
-    # A trainer that died left rows beyond its checkpoint, the last one half written.
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "step_s": 1.0}\n{"step": 4, "sco')
-    rest = train(resumed(config), world.services())
-
-    assert world.learned(out) == world.learned(whole.out)
-    assert rest.digests == whole.report.digests
-    assert rest.run_id == half.run_id
-    assert rest.evaluation_last == whole.report.evaluation_last
-    assert [row["step"] for row in rows(out)] == [0, 1, 2, 2, 3, 4, 4]
-    assert json.loads((out / "run.json").read_text())["fence"] == 2
-
-
-def test_resuming_a_finished_run_changes_nothing(
-    world: World, whole: Whole, tmp_path: Path
-) -> None:
-    shutil.copytree(whole.out, tmp_path / "run")
-    again = train(resumed(four_steps(world, tmp_path / "run")), world.services())
-    assert again.digests == whole.report.digests
-    assert rows(tmp_path / "run") == rows(whole.out)
-
-
-def test_a_resumed_run_takes_over_a_policy_service_that_is_ahead(
-    world: World, whole: Whole, tmp_path: Path
-) -> None:
-    """The dead trainer published further than its last checkpoint; a greater fence goes back."""
-    out = tmp_path / "run"
-    shutil.copytree(whole.out, out)
-    shutil.rmtree(out / "checkpoints" / "step-000004")
-    shutil.rmtree(out / "policy")
-    before = whole.services.weights[0].get_weights()
-    assert (before.version, before.fence) == (5, 1)
-    rest = train(resumed(four_steps(world, out)), whole.services)
-    assert rest.digests == whole.report.digests
-    assert world.learned(out) == world.learned(whole.out)
-    after = whole.services.weights[0].get_weights()
-    assert (after.version, after.fence, after.digest) == (5, 2, before.digest)
-
-
-def resumed(config: PPOConfig) -> PPOConfig:
-    return config.model_copy(update={"resume": True})
-
-
-def stop_after(control: Control, step: int) -> None:
-    """Ask the run to stop once ``step`` is done."""
-
-    def listener() -> None:
-        if control.snapshot.step == step:
-            control.stop()
-
-    control.add_listener(listener)
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # ----------------------------------------------------------------------------------- the folder
@@ -380,33 +282,3 @@ def test_requests_are_answered_between_steps_and_a_pause_holds(tmp_path: Path) -
     assert control.snapshot.error_message == "it broke."
     with pytest.raises(RuntimeError, match="the run is over"):
         control.request_checkpoint().result(timeout=0)
-
-
-def test_an_abandoned_rollout_leaves_the_run_as_it_was(
-    world: World, whole: Whole, tmp_path: Path
-) -> None:
-    """SIGTERM in the middle of generation: the checkpoint is that of the step before."""
-    out, services, control = tmp_path / "run", world.services(), Control()
-
-    class Stopping:
-        """A policy that has the run told to stop while it answers the second step."""
-
-        calls = 0
-
-        def get_policy(self) -> Any:
-            return services.policies[0].get_policy()
-
-        def generate(self, *arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            if self.calls == 3:  # the first call is the evaluation's
-                control.stop(abandon_rollout=True)
-            return services.policies[0].generate(*arguments, **options)
-
-    stopping = replace(services, policies=[Stopping()])
-    report = train(four_steps(world, out), stopping, control=control)
-    assert (report.steps, report.is_complete) == (1, False)
-    assert control.snapshot.state is RunState.STOPPING
-    assert control.snapshot.checkpoint_step == 1
-    rest = train(resumed(four_steps(world, out)), services)
-    assert world.learned(out) == world.learned(whole.out)
-    assert rest.digests == whole.report.digests

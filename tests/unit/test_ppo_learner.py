@@ -1,14 +1,14 @@
-"""The trainer on tiny models in one process: facts/ppo.md section 4, rows 1-3, 8-11, 16-28, 42.
+"""Targets and updates on tiny models in one process.
 
-Policy, reward and reference are the services' own engines without gRPC. The model is a random Llama
-of two layers; numbers in comments are what the bug of that row would give.
+Rows 1-3, 8-11, 16-28 and 42 of facts/ppo.md section 4. Policy, reward and reference are the
+services' own engines without gRPC. The model is a random Llama of two layers; numbers in comments
+are what the bug of that row would give.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from kleash.base.config import load_config
-from kleash.base.errors import ConfigError
-from kleash.client.types import GeneratedSequence, Prompt, Sampling
-from kleash.lm.digest import canonical_tensors, model_digest, tokenizer_sha256
+from kleash.lm.digest import canonical_tensors, tokenizer_sha256
 from kleash.lm.heads import ValueModel
 from kleash.lm.load import load_causal_lm, load_tokenizer
-from kleash.policy.config import PolicyConfig
-from kleash.policy.local import LocalPolicy, LocalWeights
-from kleash.ppo.config import PPOConfig
 from kleash.ppo.learner import Learner
-from kleash.ppo.publish import Publisher
-from kleash.ppo.report import PPOReport
-from kleash.ppo.rollout import RolloutError, Sample
-from kleash.ppo.services import Services
-from kleash.ppo.train import train
-from kleash.reference.config import ReferenceConfig
-from kleash.reference.local import LocalReference
-from kleash.reward.config import RewardConfig
-from kleash.reward.local import LocalReward
-from kleash.rpc.errors import Unavailable
+from kleash.ppo.rollout import Sample
 
 if TYPE_CHECKING:
     from conftest import World
@@ -46,12 +31,6 @@ EXACT = 1e-5
 """Same numbers from the same weights in batches of another shape: rounding of float32."""
 
 
-@pytest.fixture(scope="module")
-def samples(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    """One rollout of the SFT policy, used by every test of the learner alone."""
-    return world.rollout(world.config(tmp_path_factory.mktemp("unused"))).samples
-
-
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in canonical_tensors(model).items()}
 
@@ -60,7 +39,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-# ---------------------------------------------------------------------------------- the rollout
+# ------------------------------------------------------------------------------ the log-probs
 
 
 def test_kl_from_the_reference_is_zero_before_the_first_update(
@@ -112,139 +91,6 @@ def test_sampler_and_trainer_agree_on_log_probs(
     assert figures["importance_effective_fraction"] == pytest.approx(1, abs=EXACT)
     _, wrong = world.learner(world.config(tmp_path, sampling={"temperature": 1.0})).prepare(samples)
     assert wrong["behaviour_gap_max"] > 0.01
-
-
-def test_rows_come_in_the_order_of_the_prompts_and_repeats_differ(
-    world: World, samples: list[Sample]
-) -> None:
-    ids = [sample.record.prompt_id for sample in samples]
-    assert ids == [str(line) for line in (1, 2, 3, 4, 5, 6)] * 2
-    for sample in samples:
-        np.testing.assert_array_equal(
-            sample.sequence.ids[: sample.sequence.response_start], sample.record.ids
-        )
-    first, second = samples[0].sequence, samples[6].sequence
-    assert first.ids.tolist() != second.ids.tolist()
-
-
-def test_a_response_that_ends_with_a_stop_token_is_stopped(
-    world: World, samples: list[Sample]
-) -> None:
-    """Rows 28 and 29: the rule follows the stop ids of the run, and the stop token is kept."""
-    for sample in samples:
-        assert sample.is_stopped == (sample.sequence.ids[-1] in world.stop_ids)
-        assert sample.is_stopped or sample.sequence.response_length == 12
-    assert 0 < sum(sample.is_stopped for sample in samples) < len(samples)
-
-
-def test_two_replicas_draw_what_one_draws(
-    world: World, samples: list[Sample], tmp_path: Path
-) -> None:
-    shared = world.rollout(world.config(tmp_path), world.services(num_policies=2)).samples
-    assert [s.sequence.ids.tolist() for s in shared] == [s.sequence.ids.tolist() for s in samples]
-    assert [s.score for s in shared] == pytest.approx([s.score for s in samples], abs=EXACT)
-
-
-def test_many_samples_of_one_prompt_are_shared_without_gaps(
-    world: World, samples: list[Sample], tmp_path: Path
-) -> None:
-    prompts = [samples[0].record] * 7 + [samples[1].record] * 2
-    drawn = []
-    for num_policies in (1, 2):
-        services = world.services(num_policies=num_policies)
-        collector = world.collector(services, world.config(tmp_path))
-        collected = collector.collect(prompts, seed=7, weights_version=0).samples
-        drawn.append([sample.sequence.ids.tolist() for sample in collected])
-    assert drawn[0] == drawn[1]
-
-
-class FailingPolicy:
-    """A replica that goes away after three responses, once, and loses its weights."""
-
-    def __init__(self, policy: LocalPolicy) -> None:
-        self.policy = policy
-        self.calls: list[int] = []
-
-    def get_policy(self) -> Any:
-        return self.policy.get_policy()
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, **options: Any
-    ) -> Generator[GeneratedSequence, None, None]:
-        self.calls.append(sum(prompt.num_samples for prompt in prompts))
-        stream = self.policy.generate(prompts, sampling, **options)
-        for count, generated in enumerate(stream):
-            if len(self.calls) == 1 and count == 3:
-                raise Unavailable("the replica is gone.")
-            yield generated
-
-
-def test_a_replica_that_fails_is_republished_and_asked_for_the_rest(
-    world: World, samples: list[Sample], tmp_path: Path
-) -> None:
-    config = world.config(tmp_path)
-    services = world.services()
-    policy = FailingPolicy(services.policies[0])  # pyright: ignore[reportArgumentType]
-    ensured: list[tuple[int, int]] = []
-    collector = world.collector(
-        replace(services, policies=[policy]),
-        config,
-        ensure_weights=lambda replica, version: ensured.append((replica, version)),
-    )
-    prompts = [sample.record for sample in samples]
-    again = collector.collect(prompts, seed=7, weights_version=0).samples
-    assert policy.calls == [12, 9]
-    assert ensured == [(0, 0), (0, 0)]
-    assert [s.sequence.ids.tolist() for s in again] == [s.sequence.ids.tolist() for s in samples]
-
-
-def test_tokens_of_another_version_are_refused(world: World, tmp_path: Path) -> None:
-    """Row 35."""
-    config = world.config(tmp_path)
-    services = world.services()
-    Publisher(services.weights, "another-run", 1).publish(load_causal_lm(world.model), 5)
-    with pytest.raises(RolloutError, match=r"version \[5\], and the trainer is at 0"):
-        world.rollout(config, services)
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A service of which one method is replaced."""
-
-    service: Any
-    method: str
-    replacement: Callable[..., Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return self.replacement if name == self.method else getattr(self.service, name)
-
-
-def test_a_log_prob_that_is_not_finite_is_an_error(world: World, tmp_path: Path) -> None:
-    def log_probs(sequences: Sequence[Any], **_: Any) -> list[np.ndarray]:
-        return [np.full(s.response_length, np.nan, np.float32) for s in sequences]
-
-    reference: Any = Broken(world.reference, "log_probs", log_probs)
-    services = replace(world.services(), reference=reference)
-    with pytest.raises(RolloutError, match="not finite"):
-        world.rollout(world.config(tmp_path), services)
-
-
-def test_a_response_that_cannot_be_scored_is_named(world: World, tmp_path: Path) -> None:
-    """The reward service takes 20 tokens; one bad item never becomes a number."""
-    limits = {"max_item_tokens": 20}
-    config = RewardConfig.model_validate({"model": world.reward_model, "limits": limits})
-    services = replace(world.services(), reward=LocalReward.load(config))
-    with pytest.raises(RolloutError, match=r"prompt '[126]' was not scored \(INPUT_TOO_LONG\)"):
-        world.rollout(world.config(tmp_path), services)
-
-
-def test_a_missing_score_is_an_error(world: World, tmp_path: Path) -> None:
-    def score_tokens(sequences: Sequence[Any], **options: Any) -> list[Any]:
-        return world.reward.score_tokens(sequences, **options)[:-1]
-
-    reward: Any = Broken(world.reward, "score_tokens", score_tokens)
-    with pytest.raises(RolloutError, match=r"4 sequences were sent to be scored, 3 came back"):
-        world.rollout(world.config(tmp_path), replace(world.services(), reward=reward))
 
 
 # ---------------------------------------------------------------------------------- the targets
@@ -449,6 +295,52 @@ def test_learning_rates_follow_the_schedule_per_ppo_step(
     assert [row["value_learning_rate"] for row in figures] == pytest.approx([1e-3] * 4)
 
 
+def test_beta_is_steered_by_nats_per_sequence(
+    world: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Row 37: nats per token are a dozen times less, and would always ask for a lower beta."""
+    changed = [
+        replace(sample, reference_log_probs=sample.reference_log_probs - 0.1) for sample in samples
+    ]
+    nats = np.mean([0.1 * sample.sequence.response_length for sample in samples])
+    kl = {"controller": "adaptive", "coefficient": 0.2, "target": nats / 1.1, "horizon": 120}
+    learner = world.learner(world.config(tmp_path, kl=kl))
+    batch, figures = learner.prepare(changed)
+    assert figures["kl_per_sequence"] == pytest.approx(nats, abs=1e-4)
+    learner.update(batch, step=1)
+    assert learner.kl.coefficient == pytest.approx(0.2 * (1 + 0.1 * 12 / 120), rel=1e-5)
+
+
+def test_the_entropy_bonus_raises_the_entropy(
+    world: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    after = []
+    for coefficient in (0.0, 10.0):
+        algorithm = {"entropy_coefficient": coefficient}
+        learner = world.learner(world.config(tmp_path, algorithm=algorithm))
+        batch, before = learner.prepare(samples)
+        learner.update(batch, step=1)
+        after.append(learner.prepare(samples)[1]["entropy"] - before["entropy"])
+    assert after[1] > max(after[0], 0) + 1e-3
+
+
+def test_whitened_rewards_have_unit_spread_and_their_mean(
+    world: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    """With gamma and lambda 1 the reward of a token is the difference of two returns."""
+    rewards = []
+    for whiten_rewards in (False, True):
+        algorithm = {"whiten_rewards": whiten_rewards, "lam": 1.0}
+        batch, _ = world.learner(world.config(tmp_path, algorithm=algorithm)).prepare(samples)
+        assert batch.returns is not None
+        later = torch.nn.functional.pad(batch.returns[:, 1:], (0, 1))
+        rewards.append((batch.returns - later)[batch.mask])
+    raw, whitened = rewards
+    assert float(raw.std(correction=0)) != pytest.approx(1, abs=0.01)
+    assert float(whitened.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert float(whitened.mean()) == pytest.approx(float(raw.mean()), abs=1e-5)
+
+
 def test_the_epochs_stop_at_the_target_kl(
     world: World, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -481,153 +373,3 @@ def test_the_pretraining_mix_adds_its_cross_entropy(
     assert with_mix["policy_grad_norm"] > 3 * without["policy_grad_norm"]
     assert with_mix["policy_loss"] == pytest.approx(without["policy_loss"], abs=1e-6)
     assert largest_difference(policy_without, policy_with) > 1e-4
-
-
-# ------------------------------------------------------------------------------------ whole runs
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run of two steps with seed 0."""
-
-    out: Path
-    report: PPOReport
-    services: Services
-    frozen_before: list[str]
-    frozen_after: list[str]
-
-
-@pytest.fixture(scope="module")
-def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    services, out = world.services(), tmp_path_factory.mktemp("runs") / "run"
-    models = [world.reward._scorer.frozen.model, world.reference._scorer.frozen.model]
-    before = [model_digest(model) for model in models]
-    report = train(world.config(out), services)
-    return Run(out, report, services, before, [model_digest(model) for model in models])
-
-
-def test_a_run_changes_nothing_that_is_frozen(run: Run) -> None:
-    """Row 26."""
-    assert run.frozen_before == run.frozen_after
-    assert run.report.digests["reward_model"] == run.frozen_before[0]
-    assert run.report.digests["sft_checkpoint"] == run.frozen_before[1]
-    assert run.report.digests["policy"] != run.frozen_before[1]
-
-
-def test_the_last_policy_is_served_and_saved(run: Run) -> None:
-    served = run.services.weights[0].get_weights()
-    assert served.digest == run.report.digests["policy"]
-    assert served.version == run.report.weights_version == 3
-    assert model_digest(load_causal_lm(run.out / "policy")) == run.report.digests["policy"]
-    lineage = json.loads((run.out / "policy" / "kleash.json").read_text())
-    assert lineage["stage"] == "ppo"
-    assert lineage["parent_digest"] == run.report.digests["sft_checkpoint"]
-    assert lineage["digest"] == run.report.digests["policy"]
-    written = json.loads((run.out / "report.json").read_text())
-    assert written["steps"] == 2
-    assert written["reward_mean_last"] == run.report.reward_mean_last
-
-
-def test_evaluation_does_not_change_the_training(
-    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same seed gives the same run, with or without evaluations in between."""
-    code = "def judge(record, response): return float(len(response))"
-    (tmp_path / "judge_of_length.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    evaluation = {
-        "prompts": str(world.prompts),
-        "every": 1,
-        "num_prompts": 4,
-        "judge": "judge_of_length:judge",
-    }
-    report = train(world.config(tmp_path / "run", evaluation=evaluation), world.services())
-    assert world.learned(tmp_path / "run") == world.learned(run.out)
-    files = sorted((tmp_path / "run" / "evaluations").iterdir())
-    assert [path.name for path in files] == [f"step-{step:06d}.jsonl" for step in (0, 1, 2)]
-    first, last = report.evaluation_first, report.evaluation_last
-    assert (first["step"], last["step"]) == (0, 2)
-    assert first["evaluation/kl_per_sequence"] == pytest.approx(0, abs=EXACT)
-    assert abs(last["evaluation/kl_per_sequence"]) > 1e-4
-    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == list(world.texts[:4])
-    assert first["evaluation/score_mean"] == pytest.approx(np.mean([row["score"] for row in rows]))
-    assert first["evaluation/judge"] == pytest.approx(
-        np.mean([len(row["response"]) for row in rows])
-    )
-
-
-def test_another_seed_gives_another_run(world: World, run: Run, tmp_path: Path) -> None:
-    train(world.config(tmp_path / "run", seed=4, total_steps=1), world.services())
-    other = world.learned(tmp_path / "run")
-    assert other[0]["score_mean"] != world.learned(run.out)[0]["score_mean"]
-
-
-def test_a_reference_that_is_not_the_sft_checkpoint_is_refused(
-    world: World, tiny_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    from kleash.lm.tiny import build_causal_lm
-
-    other = tmp_path / "other"
-    tokenizer = load_tokenizer(world.model)
-    build_causal_lm("llama", vocab_size=len(tokenizer), seed=5).save_pretrained(other)
-    tokenizer.save_pretrained(other)
-    reference = LocalReference.load(ReferenceConfig(model=other))
-    services = replace(world.services(), reference=reference)
-    with pytest.raises(ConfigError, match="is not the SFT checkpoint"):
-        train(world.config(tmp_path / "run"), services)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_service_with_another_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
-    from kleash.lm.tiny import write_tiny_folder
-
-    other = write_tiny_folder(tmp_path / "other", "llama", ["entirely different text"])
-    policy = LocalPolicy.load(PolicyConfig(model=other))
-    services = replace(world.services(), policies=[policy], weights=[LocalWeights(policy.engine)])
-    with pytest.raises(ConfigError, match="the policy service has another tokenizer"):
-        train(world.config(tmp_path / "run"), services)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_service_that_takes_shorter_sequences_is_refused(world: World, tmp_path: Path) -> None:
-    limits = {"max_item_tokens": 51}
-    config = PolicyConfig.model_validate({"model": world.model, "limits": limits})
-    policy = LocalPolicy.load(config)
-    services = replace(world.services(), policies=[policy], weights=[LocalWeights(policy.engine)])
-    sentence = r"takes sequences of 51 tokens, but max_prompt_tokens 40 plus .* 12 is 52"
-    with pytest.raises(ConfigError, match=sentence):
-        train(world.config(tmp_path / "run"), services)
-
-
-def test_a_sequence_that_the_model_cannot_hold_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is 262, but the model in .* takes 256 tokens"):
-        train(world.config(tmp_path / "run", max_prompt_tokens=250), world.services())
-
-
-def test_a_value_network_from_the_policy_starts_at_zero(world: World, tmp_path: Path) -> None:
-    changes = {"reward_model": None, "value": {"init": "policy"}, "total_steps": 1}
-    train(world.config(tmp_path / "run", **changes), world.services())
-    (row,) = world.learned(tmp_path / "run")
-    assert row["value_mean"] == 0.0
-    assert row["value_grad_norm"] > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--sampling.top_p=0.9"], "another distribution than the one PPO scores"),
-        (["--sampling.top_k=5"], "another distribution than the one PPO scores"),
-        (["--batch_size=10", "--algorithm.minibatches=3"], "not a multiple"),
-        (["--kl.target=6"], "set controller to adaptive"),
-        (["--kl.controller=adaptive"], "needs a target"),
-        (["--value.warmup_steps=100"], "leaves none of the 100 total_steps"),
-        (["--evaluation.judge=a:b"], "judge has no effect without prompts"),
-        (["--value.init=reward_model", "--reward_model=null"], "reward_model is required"),
-        (["--sampling.temperature=0"], "greater than 0"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(arguments: list[str], sentence: str) -> None:
-    needed = ["--out=o", "--prompts=p", "--model=m", "--reward_model=r"]
-    with pytest.raises(ConfigError, match=sentence):
-        load_config(PPOConfig, [*needed, *arguments])

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 
-from kleash.base.errors import ModelError
+from kleash.base.errors import ModelError, UserError
 from kleash.data.chat import render_prompt, render_response
 from kleash.lm.frozen import warm_up_lengths
 from kleash.lm.heads import reward_model_from_causal_lm
@@ -168,8 +168,8 @@ def test_another_template_can_be_given(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"device": "gpu"}, "device 'gpu' is not known"),
-        ({"device": "cuda:63"}, "device 'cuda:63' is not here"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"device": "cuda:63"}, "device is cuda:63, but torch finds"),
         ({"limits": Limits(max_item_tokens=999)}, "max_item_tokens is 999 and can be at most 256"),
         (
             {"model": Path("nowhere")},
@@ -181,7 +181,7 @@ def test_unusable_configurations_are_refused_at_load(
     tiny_reward_folder: Path, fields: dict[str, Any], message: str
 ) -> None:
     config = RewardConfig.model_validate({"model": tiny_reward_folder} | fields)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(UserError, match=message):
         LocalReward.load(config)
 
 

@@ -7,7 +7,7 @@ with RewardClient("reward:50051") as reward:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -293,15 +293,26 @@ class RewardClient(RewardCalls):
         """Score texts or conversations without end, as they are done: ``Score.index`` tells which.
 
         ``timeout_s`` bounds the whole stream; None leaves it to the server. Failed items come with
-        their code; a stream is not retried.
+        their code; a stream is not retried. What ``inputs`` raises is raised here, after the
+        scores of the inputs before it.
         """
         options = _options(normalize, False, truncation, return_token_scores=False)
-        requests = (_stream_request(index, each, options) for index, each in enumerate(inputs))
-        responses = self._stub.ScoreStream(requests, timeout=timeout_s)
+        failures: list[Exception] = []
+
+        def requests() -> Iterator[reward_pb2.ScoreStreamRequest]:
+            try:
+                for index, each in enumerate(inputs):
+                    yield _stream_request(index, each, options)
+            except Exception as error:  # a thread of gRPC runs this; its caller would not be told
+                failures.append(error)
+
+        responses = self._stub.ScoreStream(requests(), timeout=timeout_s)
         try:
             for response in responses:
                 index = int(response.result.item_id)
                 yield _score(index, response.result, response.model)
+            if failures:
+                raise failures[0]
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self._address) from None
         finally:

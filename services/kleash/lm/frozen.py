@@ -11,7 +11,7 @@ import torch
 from kleash.base.errors import ModelError
 from kleash.lm.config import Dtype, FrozenModelConfig
 from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
-from kleash.lm.load import load_tokenizer, max_positions
+from kleash.lm.load import check_device, load_tokenizer, max_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +47,18 @@ def load_frozen(
         max_item_tokens: longest input to accept; 0 means as many as the model and a batch take.
         max_batch_tokens: tokens in one forward pass.
 
-    Raises ModelError with the place and the remedy.
+    Raises UserError with the place and the remedy.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
-    tokenizer = load_tokenizer(config.model, pad_token=config.pad_token)
+    tokenizer = load_tokenizer(
+        config.model, pad_token=config.pad_token, chat_template=config.chat_template
+    )
     # A folder may hold a training run's truncation and padding. The first call would reset them,
     # and that call may be one of two threads at a time.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    if config.chat_template is not None:
-        try:
-            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(
-                f"cannot read the chat template {config.chat_template}: {error.strerror}."
-            ) from None
     try:
         model = load(config.model, dtype=config.dtype, device=str(device))
     except torch.OutOfMemoryError:
@@ -97,18 +92,21 @@ def choose_device(name: str) -> torch.device:
     """The torch device called ``name``; "auto" is cuda when there is one, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    return check_device(name)
+
+
+def warm_up(
+    frozen: FrozenModel, max_batch_tokens: int, forward: Callable[[list[int]], object]
+) -> None:
+    """``forward`` with the lengths of a first batch; raises ModelError when it does not fit."""
+    lengths = warm_up_lengths(frozen.device, frozen.max_item_tokens, max_batch_tokens)
     try:
-        device = torch.device(name)
-    except RuntimeError:
+        forward(lengths)
+    except torch.OutOfMemoryError:
         raise ModelError(
-            f"device '{name}' is not known to torch; use cpu, cuda or cuda:N."
+            f"a batch of {sum(lengths)} tokens does not fit into the memory of {frozen.device} "
+            "beside the model; lower limits.max_batch_tokens or limits.max_item_tokens."
         ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device '{name}' is not here: torch sees {torch.cuda.device_count()} CUDA devices; "
-            "use --device=cpu or --device=auto."
-        )
-    return device
 
 
 def warm_up_lengths(device: torch.device, max_item_tokens: int, max_batch_tokens: int) -> list[int]:

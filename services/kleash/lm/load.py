@@ -173,16 +173,19 @@ def check_output(path: Path) -> None:
         raise ModelError(f"cannot write {path}: {parent} is not a writable folder.")
 
 
-def check_device(device: str) -> None:
-    """Raise ConfigError when torch does not know ``device`` or this machine lacks it."""
+def check_device(device: str) -> torch.device:
+    """The device; raises ConfigError when torch does not know it or this machine lacks it."""
     try:
-        kind = torch.device(device).type
+        found = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device {device!r} is unknown; use cpu, cuda or cuda:N.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+    num_cuda = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= num_cuda:
         raise ConfigError(
-            f"device is {device}, but torch finds no CUDA device here; use --device=cpu."
+            f"device is {device}, but torch finds {num_cuda or 'no'} CUDA devices here; "
+            "use --device=cpu."
         )
+    return found
 
 
 def save_checkpoint_folder(

@@ -1,4 +1,4 @@
-"""The optimizer of all three stages: AdamW, decay on matrices only."""
+"""The optimizer of stages 1 and 2: AdamW, decay on matrices only."""
 
 from __future__ import annotations
 

@@ -18,11 +18,8 @@ from kleash.policy.engine import Engine
 from kleash.policy.requests import encode
 from kleash.policy.v1 import policy_pb2, policy_pb2_grpc
 from kleash.rpc.errors import InvalidRequest, ServiceError
-from kleash.rpc.requests import TOKENIZER_MISMATCH, TOO_LARGE
+from kleash.rpc.work import count_rejection
 from kleash.weights.v1 import weights_pb2, weights_pb2_grpc
-
-_REJECTIONS = {TOO_LARGE: "too_large", TOKENIZER_MISMATCH: "tokenizer"}
-"""Reasons of errors as the metric of refused requests names them."""
 
 
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
@@ -38,8 +35,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         try:
             requests = await asyncio.to_thread(self._engine.requests.generate, request)
         except ServiceError as error:
-            if reason := _REJECTIONS.get(error.reason):
-                metrics.REQUESTS_REJECTED.labels("policy", reason).inc()
+            count_rejection("policy", error)
             raise
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[list[Decoded] | Exception] = asyncio.Queue()

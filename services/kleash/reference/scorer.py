@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kleash.base.errors import ModelError
 from kleash.lm.config import FrozenModelConfig
-from kleash.lm.frozen import FrozenModel, load_frozen, warm_up_lengths
+from kleash.lm.frozen import FrozenModel, load_frozen, warm_up
 from kleash.lm.load import load_causal_lm
 from kleash.lm.log_probs import response_log_probs
 from kleash.lm.sequences import TokenSequence, pack
@@ -43,7 +42,7 @@ class ReferenceScorer:
             max_batch_tokens=limits.max_batch_tokens,
         )
         scorer = ReferenceScorer(frozen)
-        scorer._warm_up(limits.max_batch_tokens)
+        warm_up(frozen, limits.max_batch_tokens, scorer._score_zeros)
         return scorer
 
     def compute(self, jobs: list[LogProbsJob]) -> list[np.ndarray]:
@@ -67,14 +66,6 @@ class ReferenceScorer:
             for row, sequence in zip(log_probs_BT, sequences, strict=True)
         ]
 
-    def _warm_up(self, max_batch_tokens: int) -> None:
-        lengths = warm_up_lengths(self.frozen.device, self.frozen.max_item_tokens, max_batch_tokens)
+    def _score_zeros(self, lengths: list[int]) -> None:
         rows = [TokenSequence(np.zeros(length, dtype=np.int32), 1) for length in lengths]
-        try:
-            self._forward(rows, temperature=1.0)
-        except torch.OutOfMemoryError:
-            raise ModelError(
-                f"a batch of {sum(lengths)} tokens does not fit into the memory of "
-                f"{self.frozen.device} beside the model; lower limits.max_batch_tokens or "
-                "limits.max_item_tokens."
-            ) from None
+        self._forward(rows, temperature=1.0)

@@ -12,7 +12,7 @@ import torch
 
 from kleash.base.errors import ModelError
 from kleash.lm.config import FrozenModelConfig
-from kleash.lm.frozen import FrozenModel, load_frozen, warm_up_lengths
+from kleash.lm.frozen import FrozenModel, load_frozen, warm_up
 from kleash.lm.heads import Normalization, check_scalar_head, position_scores
 from kleash.lm.load import load_sequence_classifier, read_lineage
 from kleash.lm.sequences import TokenSequence, pack
@@ -59,7 +59,7 @@ class RewardScorer:
         check_scalar_head(frozen.model, config.model)
         scorer = RewardScorer(frozen, is_trained_here=bool(read_lineage(config.model)))
         scorer._check_causal(config)
-        scorer._warm_up(limits.max_batch_tokens)
+        warm_up(frozen, limits.max_batch_tokens, scorer._score_zeros)
         return scorer
 
     @torch.inference_mode()
@@ -86,14 +86,5 @@ class RewardScorer:
                 "later ones; a reward model must be a causal language model with a scalar head."
             )
 
-    def _warm_up(self, max_batch_tokens: int) -> None:
-        lengths = warm_up_lengths(self.frozen.device, self.frozen.max_item_tokens, max_batch_tokens)
-        jobs = [ScoreJob(np.zeros(length, dtype=np.int32)) for length in lengths]
-        try:
-            self.compute(jobs)
-        except torch.OutOfMemoryError:
-            raise ModelError(
-                f"a batch of {sum(lengths)} tokens does not fit into the memory of "
-                f"{self.frozen.device} beside the model; lower limits.max_batch_tokens or "
-                "limits.max_item_tokens."
-            ) from None
+    def _score_zeros(self, lengths: list[int]) -> None:
+        self.compute([ScoreJob(np.zeros(length, dtype=np.int32)) for length in lengths])

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import grpc
 
-from kleash.rpc.errors import Unavailable
-
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 RETRY_POLICY = {
@@ -30,21 +28,6 @@ def connect(address: str, *, service: str, methods_to_retry: Sequence[str]) -> g
     return grpc.insecure_channel(
         _target(address), options=channel_options(service, methods_to_retry)
     )
-
-
-def wait_until_ready(channel: grpc.Channel, address: str, *, timeout_s: float) -> None:
-    """Block until a server behind ``channel`` is reachable and healthy.
-
-    Raises Unavailable after ``timeout_s``.
-    """
-    try:
-        grpc.channel_ready_future(channel).result(timeout=timeout_s)
-    except grpc.FutureTimeoutError:
-        raise Unavailable(
-            f"no healthy service at {address} after {timeout_s:g} s; "
-            "check the address and that the service is running and has loaded its model.",
-            reason="UNREACHABLE",
-        ) from None
 
 
 def channel_options(service: str, methods_to_retry: Sequence[str]) -> list[tuple[str, str | int]]:

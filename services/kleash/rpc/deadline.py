@@ -16,9 +16,3 @@ def set_remaining_s(seconds: float) -> None:
 def deadline() -> float | None:
     """When the current call expires, in time.monotonic() seconds; None outside of a call."""
     return _deadline.get()
-
-
-def remaining_s() -> float | None:
-    """Seconds that the current call has left, at least 0; None outside of a call."""
-    end = _deadline.get()
-    return None if end is None else max(end - time.monotonic(), 0.0)

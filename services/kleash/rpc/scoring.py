@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -69,10 +68,7 @@ class ScoringService(ABC, Generic[J, R]):
 
     def load(self) -> None:
         """Load the model and warm it up. Blocks. Raises UserError."""
-        begin = time.perf_counter()
         facts = self._facts = self.load_model()
-        metrics.MODEL_LOAD_SECONDS.labels(self.name).set(time.perf_counter() - begin)
-        metrics.MODEL_LOADED.labels(self.name).set(1)
         metrics.MODEL_INFO.labels(
             self.name, facts.name, facts.revision, facts.dtype, facts.tokenizer_sha256
         ).set(1)
@@ -110,4 +106,3 @@ class ScoringService(ABC, Generic[J, R]):
         if self._batcher is not None:
             await self._batcher.stop()
         self._threads.shutdown(wait=False)
-        metrics.MODEL_LOADED.labels(self.name).set(0)

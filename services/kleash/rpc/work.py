@@ -56,8 +56,7 @@ async def answer(
     try:
         work = await loop.run_in_executor(threads, begin)
     except ServiceError as error:
-        if reason := _REJECTIONS.get(error.reason):
-            metrics.REQUESTS_REJECTED.labels(service, reason).inc()
+        count_rejection(service, error)
         raise
     tokenize_ns = time.perf_counter_ns() - began
     metrics.TOKENIZE_SECONDS.labels(service, model_name).observe(tokenize_ns / 1e9)
@@ -65,6 +64,12 @@ async def answer(
     timing = await batcher.submit(work.jobs, isolate=work.isolate)
     usage.queue_ns, usage.compute_ns = timing.queue_ns, timing.compute_ns
     return await loop.run_in_executor(threads, work.finish, timing.results, usage)
+
+
+def count_rejection(service: str, error: ServiceError) -> None:
+    """Count a request that was refused before it reached the queue."""
+    if reason := _REJECTIONS.get(error.reason):
+        metrics.REQUESTS_REJECTED.labels(service, reason).inc()
 
 
 def answer_in_process(

@@ -128,9 +128,10 @@ def save(
     lineage: dict[str, Any],
 ) -> Path:
     """Write ``folder/step-NNNNNN`` all at once and remove the oldest beyond checkpoint.keep."""
-    target = folder / f"step-{position.step:06d}"
+    target = path_of(folder, position.step)
+    for cut_off in folder.glob(".step-*.partial"):  # a trainer was killed while it wrote
+        shutil.rmtree(cut_off)
     partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_checkpoint_folder(learner.policy, tokenizer, partial / "policy", lineage)
     save_file(_own(canonical_tensors(learner.value)), partial / "value.safetensors")
@@ -163,6 +164,11 @@ def save(
     for old in _steps(folder)[: -config.checkpoint.keep]:
         shutil.rmtree(old)
     return target
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:06d}"
 
 
 def newest(folder: Path) -> Checkpoint | None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from kleash.lm.digest import (
     schema_digest,
     tensor_bytes,
 )
+from kleash.ppo.services import Weights
 from kleash.rpc.errors import InternalError, PreconditionFailed
 from kleash.weights.v1 import weights_pb2
 
@@ -31,16 +31,6 @@ CHUNK_BYTES = 1 << 20
 
 CASTS = (None, torch.bfloat16, torch.float16, torch.float32)
 """Data types that a replica may serve; None is the trainer's own."""
-
-
-class Weights(Protocol):
-    """WeightsClient or LocalWeights."""
-
-    def get_weights(self) -> weights_pb2.GetWeightsResponse: ...
-
-    def publish(
-        self, manifest: weights_pb2.Manifest, chunks: Iterator[weights_pb2.Chunk]
-    ) -> weights_pb2.PublishResponse: ...
 
 
 @dataclass(frozen=True)

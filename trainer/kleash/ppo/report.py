@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kleash.lm.digest import model_digest
-from kleash.lm.load import save_checkpoint_folder
+from kleash.lm.load import read_lineage, save_checkpoint_folder
 from kleash.ppo.run_folder import write_whole
 from kleash.ppo.session import Session
 
@@ -64,7 +65,10 @@ def write_result(run: Session, *, seconds: float, is_complete: bool) -> PPORepor
         digests={"policy": model_digest(run.learner.policy), **run.digests},
     )
     if is_complete:
-        if not run.folder.policy.exists():
+        # One may be here: of this very state when a finished run is resumed, of another one when
+        # the run had to start again without its checkpoints.
+        if read_lineage(run.folder.policy).get("digest") != report.digests["policy"]:
+            shutil.rmtree(run.folder.policy, ignore_errors=True)
             save_checkpoint_folder(
                 run.learner.policy, run.tokenizer, run.folder.policy, run.lineage()
             )

@@ -18,7 +18,7 @@ from kleash.base.errors import ConfigError, ModelError
 from kleash.data.demonstrations import load_demonstrations
 from kleash.data.jsonl import Loaded
 from kleash.data.prompts import PromptRecord, load_prompts
-from kleash.lm.digest import model_digest, tokenizer_sha256
+from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
 from kleash.lm.heads import ValueModel
 from kleash.lm.lineage import describe_lineage
 from kleash.lm.load import load_causal_lm, load_tokenizer, max_positions
@@ -113,8 +113,11 @@ class Session:
         return figures
 
     def save(self) -> SavedCheckpoint:
-        """Write a checkpoint of the present step."""
-        path = checkpoints.save(
+        """Write a checkpoint of the present step, unless there is one."""
+        path = checkpoints.path_of(self.folder.checkpoints, self.position.step)
+        if self.position.step == self.saved_step and path.exists():
+            return SavedCheckpoint(path, self.saved_step)
+        checkpoints.save(
             self.folder.checkpoints,
             self.learner,
             self.tokenizer,
@@ -171,7 +174,7 @@ def _prepare(config: PPOConfig, services: Services, control: Control, folder: Ru
         config.model, pad_token=config.pad_token, chat_template=config.chat_template
     )
     policy = load_causal_lm(config.model, device=config.device)
-    _check_size(config, policy, tokenizer)
+    _check_vocabulary_and_length(config, policy, tokenizer)
     prompts = load_prompts(
         config.prompts, tokenizer, max_tokens=config.max_prompt_tokens, skip_bad=config.skip_bad
     )
@@ -183,6 +186,7 @@ def _prepare(config: PPOConfig, services: Services, control: Control, folder: Ru
     digests = {
         "sft_checkpoint": _digest(config, "auto"),
         "tokenizer": digest,
+        "chat_template": chat_template_sha256(tokenizer),
         "reward_model": hands.reward_revision,
         "prompts": prompts.sha256,
         **({"pretraining_data": pretraining.sha256} if pretraining is not None else {}),
@@ -239,7 +243,7 @@ def _learner(
     return learner
 
 
-def _check_size(config: PPOConfig, policy: Any, tokenizer: Any) -> None:
+def _check_vocabulary_and_length(config: PPOConfig, policy: Any, tokenizer: Any) -> None:
     if config.max_sequence_tokens > max_positions(policy):
         raise ConfigError(
             f"max_prompt_tokens {config.max_prompt_tokens} plus sampling.max_new_tokens "
@@ -253,6 +257,12 @@ def _check_size(config: PPOConfig, policy: Any, tokenizer: Any) -> None:
             f"{num_embeddings}; name a pad token that is in the vocabulary, or let kleash sft make "
             "room for it."
         )
+    for token in config.sampling.stop_token_ids:
+        if not 0 <= token < num_embeddings:
+            raise ConfigError(
+                f"sampling.stop_token_ids has {token}, and the model in {config.model} has the ids "
+                f"0 to {num_embeddings - 1}; correct it, or leave it out for the model's own."
+            )
 
 
 def _evaluator(config: PPOConfig, tokenizer: Any) -> Evaluator | None:
