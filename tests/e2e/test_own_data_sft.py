@@ -17,7 +17,8 @@ import transformers
 
 from kleash.base.progress import NullProgress
 from kleash.data.chat import render_prompt
-from kleash.lm.decode import DecodeRequest, generate
+from kleash.lm.decode import DecodeRequest
+from kleash.lm.generate import generate
 from kleash.lm.tiny import Kind
 from kleash.sft.config import SFTConfig
 from kleash.sft.train import SFTReport, train

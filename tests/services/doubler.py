@@ -65,7 +65,7 @@ class Doubler(reference_pb2_grpc.ReferenceServiceServicer):
     async def start(self) -> None:
         await self.batcher.start()
 
-    def is_ready(self) -> bool:
+    def is_ready(self, full_name: str) -> bool:
         return self.ready
 
     def heartbeat_age_s(self) -> float:

@@ -204,7 +204,7 @@ class Flood(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def start(self) -> None: ...
 
-    def is_ready(self) -> bool:
+    def is_ready(self, full_name: str) -> bool:
         return True
 
     def heartbeat_age_s(self) -> float:

@@ -124,7 +124,7 @@ def test_a_deadline_gives_the_slots_back(
 
 
 def test_heartbeat_and_readiness(client: PolicyClient, service: PolicyService, slow: None) -> None:
-    assert service.is_ready()
+    assert service.is_ready("kleash.policy.v1.PolicyService")
     assert service.heartbeat_age_s() == 0
     gate = threading.Event()
     service.engine.loop.run(lambda: gate.wait(10))

@@ -13,7 +13,8 @@ from kleash.base.errors import ConfigError, DataError, ModelError, UserError
 from kleash.base.progress import NullProgress
 from kleash.data.chat import render_prompt
 from kleash.data.comparisons import load_comparisons
-from kleash.lm.decode import DecodeRequest, generate
+from kleash.lm.decode import DecodeRequest
+from kleash.lm.generate import generate
 from kleash.lm.load import load_causal_lm, load_tokenizer
 from kleash.reward_model.candidates import CandidatesConfig, CandidatesReport, run
 

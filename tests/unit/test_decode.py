@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from kleash.base.errors import ModelError, UserError
-from kleash.lm.decode import Decoded, Decoder, DecodeRequest, check_decodable, generate
+from kleash.lm.decode import Decoded, Decoder, DecodeRequest
+from kleash.lm.generate import check_decodable, generate
 from kleash.lm.load import load_causal_lm
 from kleash.lm.log_probs import response_log_probs
 from kleash.lm.sequences import TokenSequence, pack
@@ -86,6 +87,14 @@ def assert_same(left: Sequence[Decoded], right: Sequence[Decoded]) -> None:
         assert a.ids.tolist() == b.ids.tolist()
         assert a.finish_reason == b.finish_reason
     assert largest_gap([its.log_probs for its in left], [its.log_probs for its in right]) < 1e-5
+
+
+def rest_of(decoder: Decoder) -> list[Decoded]:
+    """What the running sequences of ``decoder`` become."""
+    finished: list[Decoded] = []
+    while decoder.num_active:
+        finished += decoder.step()
+    return finished
 
 
 def test_log_probs_equal_those_of_a_forward(model: Any) -> None:
@@ -217,13 +226,36 @@ def test_weights_version_is_stamped_on_tokens(llama: Any) -> None:
     decoder.weights_version = 5
     decoder.weights_version = 6  # no token was drawn with 5
     decoder.add(requests[2:])
-    finished: list[Decoded] = []
-    while decoder.num_active:
-        finished += decoder.step()
+    finished = rest_of(decoder)
     by_id = {its.request.prompt_id: its for its in finished}
     assert by_id["p0"].versions == by_id["p1"].versions == [(0, 3, 4), (3, 10, 6)]
     assert by_id["p2"].versions == [(0, 10, 6)]
     assert_same(before, [by_id[f"p{index}"] for index in range(3)])
+
+
+def test_abort_leaves_rows_that_have_drawn_nothing(llama: Any) -> None:
+    """With their keys and values computed again they are as if they had never started."""
+    requests = requests_of(llama, 4, stop_ids=frozenset())
+    expected = generate(llama, requests)
+    decoder = Decoder(llama, max_slots=4, max_length=64)
+    decoder.add(requests[:2])
+    decoder.step()
+    with torch.no_grad():
+        llama.model.norm.weight.mul_(2)
+        llama.model.layers[0].self_attn.k_proj.weight.neg_()
+    decoder.add(requests[2:])
+    with torch.no_grad():
+        llama.model.norm.weight.div_(2)
+        llama.model.layers[0].self_attn.k_proj.weight.neg_()
+    decoder.weights_version = 1
+    aborted = decoder.abort()
+    assert [(its.finish_reason, its.versions) for its in aborted] == [("aborted", [(0, 1, 0)])] * 2
+    assert [its.ids.tolist() for its in aborted] == [its.ids[:1].tolist() for its in expected[:2]]
+    assert decoder.running == requests[2:]
+    decoder.refill_cache()
+    finished = rest_of(decoder)
+    assert_same(expected[2:], sorted(finished, key=lambda its: its.request.prompt_id))
+    assert all(its.versions == [(0, 16, 1)] for its in finished)
 
 
 def test_removed_requests_leave_the_others_alone(llama: Any) -> None:
@@ -238,9 +270,7 @@ def test_removed_requests_leave_the_others_alone(llama: Any) -> None:
     assert decoder.num_free == 2
     decoder.step()
     decoder.add(requests[4:])
-    finished: list[Decoded] = []
-    while decoder.num_active:
-        finished += decoder.step()
+    finished = rest_of(decoder)
     by_id = {its.request.prompt_id: its for its in finished}
     assert sorted(by_id) == ["p0", "p2", "p4", "p5"]
     assert_same([expected[index] for index in (0, 2, 4, 5)], [by_id[key] for key in sorted(by_id)])
@@ -257,19 +287,38 @@ def test_a_broken_model_does_not_poison_its_slots(llama: Any) -> None:
         norm.fill_(torch.nan)
         key.fill_(torch.nan)
     decoder.add(requests[:2])
-    broken: list[Decoded] = []
-    while decoder.num_active:
-        broken += decoder.step()
+    broken = rest_of(decoder)
     assert all(np.isnan(its.log_probs).all() for its in broken)
     with torch.no_grad():
         norm.copy_(kept[0])
         key.copy_(kept[1])
-    healed: list[Decoded] = []
     decoder.add(requests[2:])
-    while decoder.num_active:
-        healed += decoder.step()
+    healed = rest_of(decoder)
     by_id = {its.request.prompt_id: its for its in healed}
     assert_same(expected[2:], [by_id["p2"], by_id["p3"]])
+
+
+def test_rows_removed_under_a_broken_model_do_not_poison_slots(llama: Any) -> None:
+    """Nor do the copies of rows that moved: every slot is used again afterwards."""
+    requests = requests_of(llama, 8, stop_ids=frozenset())
+    expected = generate(llama, requests)
+    decoder = Decoder(llama, max_slots=4, max_length=64)
+    key = llama.model.layers[0].self_attn.k_proj.weight
+    kept = key.detach().clone()
+    with torch.no_grad():
+        key.fill_(torch.nan)
+    decoder.add([replace(its, max_new_tokens=20) for its in requests[:4]])
+    decoder.step()
+    decoder.remove(decoder.running[0])
+    decoder.step()  # the last row moves into its slot
+    for request in decoder.running:
+        decoder.remove(request)
+    with torch.no_grad():
+        key.copy_(kept)
+    decoder.weights_version = 1
+    decoder.add(requests[4:])
+    finished = rest_of(decoder)
+    assert_same(expected[4:], sorted(finished, key=lambda its: its.request.prompt_id))
 
 
 def test_bfloat16_stays_within_its_rounding(tiny_folder: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kleash.lm.decode import Decoded, Decoder, DecodeRequest
 from kleash.lm.load import load_causal_lm
+from kleash.policy.commits import Committed
 from kleash.policy.config import PolicyConfig
 from kleash.policy.decode_loop import DecodeLoop
 from kleash.policy.service import PolicyService
@@ -107,3 +112,104 @@ def test_a_model_that_hangs_does_not_keep_the_process_alive(tiny_folder: Path) -
     asyncio.run(service.stop())
     assert not loop.is_alive
     assert isinstance(caller.event, list)
+
+
+def loop_with(model: Any, actions: dict[int, Callable[[DecodeLoop], object]]) -> DecodeLoop:
+    """A loop with one decoder, which does ``actions[n]`` in its step n, the first being 1."""
+    decoders = [Decoder(model, max_slots=2, max_length=16)]
+    loop = DecodeLoop(decoders.pop, max_queued_tokens=100, model_name="tiny")
+    step, numbers = loop.decoder.step, itertools.count(1)
+
+    def act() -> list[Decoded]:
+        if action := actions.get(next(numbers)):
+            action(loop)
+        return step()
+
+    loop.decoder.step = act
+    return loop
+
+
+def fail(_: object = None) -> None:
+    raise RuntimeError("out of memory.")
+
+
+def test_a_thread_that_dies_answers_a_commit_that_waits(tiny_folder: Path) -> None:
+    futures: list[Future[Committed[None]]] = []
+    loop = loop_with(
+        load_causal_lm(tiny_folder),
+        {2: lambda loop: futures.append(loop.commit(lambda: None, "drain")), 3: fail},
+    )
+    caller = Caller()
+    loop.submit([request_of("running")], caller)
+    loop.start()
+    assert caller.is_told.wait(WAIT_S)
+    loop._thread.join(WAIT_S)
+    with pytest.raises(Unavailable, match="has died"):
+        futures[0].result(0)
+    with pytest.raises(Unavailable, match="has died"):
+        loop.commit(lambda: None, "keep")
+
+
+def test_rows_that_cannot_be_computed_again_are_given_up_and_the_commit_stands(
+    tiny_folder: Path,
+) -> None:
+    model = load_causal_lm(tiny_folder)
+    futures: list[Future[Committed[str]]] = []
+    loop = DecodeLoop(
+        lambda: Decoder(model, max_slots=2, max_length=16), max_queued_tokens=100, model_name="tiny"
+    )
+
+    def publish() -> str:
+        loop.decoder.weights_version = 1
+        loop.decoder.refill_cache = fail
+        return "done"
+
+    step = loop.decoder.step
+
+    def commit() -> list[Decoded]:
+        if not futures:
+            futures.append(loop.commit(publish, "reprefill"))
+        return step()
+
+    loop.decoder.step = commit
+    running, later = Caller(), Caller()
+    loop.submit([request_of("running")], running)
+    loop.start()
+    assert running.is_told.wait(WAIT_S)
+    assert str(running.event) == "out of memory."
+    assert futures[0].result(WAIT_S).result == "done"
+    loop.submit([request_of("later")], later)
+    assert later.is_told.wait(WAIT_S)
+    loop.stop()
+    assert isinstance(later.event, list)
+    assert later.event[0].versions == [(0, 4, 1)]
+
+
+def test_weights_that_may_not_generate_refuse_everything(tiny_folder: Path) -> None:
+    refusal = Unavailable("the replica is quarantined.", reason="QUARANTINED")
+
+    def break_weights(loop: DecodeLoop) -> None:
+        loop.refuse(lambda: refusal)
+        raise ValueError("the digest differs.")
+
+    futures: list[Future[Committed[None]]] = []
+    loop = loop_with(
+        load_causal_lm(tiny_folder),
+        {2: lambda loop: futures.append(loop.commit(lambda: break_weights(loop), "keep"))},
+    )
+    running, waiting, later = Caller(), Caller(), Caller()
+    loop.submit([request_of("running"), request_of("another")], running)
+    loop.submit([request_of("waiting")], waiting)
+    loop.start()
+    assert running.is_told.wait(WAIT_S)
+    assert waiting.is_told.wait(WAIT_S)
+    assert running.event is waiting.event is refusal
+    with pytest.raises(ValueError, match="the digest differs"):
+        futures[0].result(WAIT_S)
+    with pytest.raises(Unavailable, match="is quarantined"):
+        loop.submit([request_of("refused")], Caller())
+    loop.refuse(None)
+    loop.submit([request_of("later")], later)
+    assert later.is_told.wait(WAIT_S)
+    loop.stop()
+    assert isinstance(later.event, list)

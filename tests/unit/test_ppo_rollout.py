@@ -19,6 +19,7 @@ from kleash.ppo.rollout import RolloutError, Sample
 from kleash.reward.config import RewardConfig
 from kleash.reward.local import LocalReward
 from kleash.rpc.errors import Unavailable
+from kleash.weights.store import Store
 
 if TYPE_CHECKING:
     from conftest import World
@@ -117,7 +118,11 @@ def test_tokens_of_another_version_are_refused(world: World, tmp_path: Path) -> 
     """Row 35."""
     config = world.config(tmp_path)
     services = world.services()
-    Publisher(services.weights, "another-run", 1).publish(load_causal_lm(world.model), 5)
+    store = Store(tmp_path / "weights")
+    Publisher(services.weights, store, run_id="another-run", fence=1).publish(
+        load_causal_lm(world.model), 5
+    )
+    store.close()
     with pytest.raises(RolloutError, match=r"version \[5\], and the trainer is at 0"):
         world.rollout(config, services)
 

@@ -6,13 +6,19 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import grpc
 
-from kleash.client.types import GeneratedSequence, Prompt, Sampling, VersionSpan
+from kleash.client.types import FinishReason, GeneratedSequence, Prompt, Sampling, VersionSpan
 from kleash.policy.v1 import policy_pb2, policy_pb2_grpc
 from kleash.rpc.channel import connect
 from kleash.rpc.codec import decode_floats, decode_ids, encode_ids
 from kleash.rpc.errors import InternalError, from_rpc_error
 
 SERVICE = "kleash.policy.v1.PolicyService"
+
+_FINISH_REASONS: dict[int, FinishReason] = {
+    policy_pb2.FINISH_REASON_STOP: "stop",
+    policy_pb2.FINISH_REASON_LENGTH: "length",
+    policy_pb2.FINISH_REASON_ABORTED: "aborted",
+}
 
 
 class PolicyCalls:
@@ -38,6 +44,7 @@ class PolicyCalls:
         sampling: Sampling,
         *,
         min_weights_version: int = 0,
+        max_lag: int | None = None,
         tokenizer_sha256: str = "",
     ) -> Generator[GeneratedSequence, None, None]:
         """Yield each response as it finishes; nothing is sent before the first one is asked for.
@@ -47,6 +54,8 @@ class PolicyCalls:
 
         Args:
             min_weights_version: raise PreconditionFailed (WEIGHTS_TOO_OLD) rather than use older.
+            max_lag: raise it rather than use weights that are more versions behind the newest
+                committed one that the server knows of; None allows any number.
             tokenizer_sha256: raise PreconditionFailed (TOKENIZER_MISMATCH) when the server's
                 differs; empty skips the check.
         """
@@ -54,6 +63,7 @@ class PolicyCalls:
             prompts=[_prompt(prompt) for prompt in prompts],
             sampling=_sampling(sampling),
             min_weights_version=min_weights_version,
+            max_lag=max_lag,
             tokenizer_sha256=tokenizer_sha256,
         )
         num_missing = sum(max(prompt.num_samples, 1) for prompt in prompts)
@@ -70,14 +80,23 @@ class PolicyCalls:
 class PolicyClient(PolicyCalls):
     """A connection to a policy service. Safe to use from several threads."""
 
-    def __init__(self, address: str, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, address: str, *, timeout_s: float = 600.0, checks_health: bool = True
+    ) -> None:
         """Args:
         address: "host:port", or a gRPC target such as "dns:///policy:50051".
         timeout_s: deadline of a call, the whole stream of a Generate included.
+        checks_health: skip servers that are not ready, which a replica is not before it has
+            the weights that its trainer requires.
         """
         self._address = address
         self._timeout_s = timeout_s
-        self._channel = connect(address, service=SERVICE, methods_to_retry=("GetPolicy",))
+        self._channel = connect(
+            address,
+            service=SERVICE,
+            methods_to_retry=("GetPolicy",),
+            checks_health=checks_health,
+        )
         self._stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
         super().__init__(self._get_policy, self._generate)
 
@@ -137,13 +156,17 @@ def _generated(sequence: policy_pb2.GeneratedSequence) -> GeneratedSequence:
             f"the policy service sent {len(ids)} tokens and {len(log_probs)} log-probabilities for "
             f"prompt '{sequence.prompt_id}'."
         )
-    is_stop = sequence.finish_reason == policy_pb2.FINISH_REASON_STOP
+    if sequence.finish_reason not in _FINISH_REASONS:
+        raise InternalError(
+            f"the policy service sent finish reason {sequence.finish_reason} for prompt "
+            f"'{sequence.prompt_id}', which this client does not know; use its version."
+        )
     return GeneratedSequence(
         prompt_id=sequence.prompt_id,
         sample_index=sequence.sample_index,
         ids=ids,
         log_probs=log_probs,
-        finish_reason="stop" if is_stop else "length",
+        finish_reason=_FINISH_REASONS[sequence.finish_reason],
         version_spans=tuple(
             VersionSpan(span.start, span.end, span.weights_version)
             for span in sequence.version_spans

@@ -7,6 +7,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+FinishReason = Literal["stop", "length", "aborted"]
+"""A stop token was drawn; the response is as long as it may be; new weights were committed."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
@@ -58,7 +61,7 @@ class GeneratedSequence:
     """Response token ids, int32, the stop token included."""
     log_probs: np.ndarray
     """Log-probability of each token under the distribution it was drawn from, float32, nats."""
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     version_spans: tuple[VersionSpan, ...]
     """Weights versions of the tokens, in order, without gaps."""
 

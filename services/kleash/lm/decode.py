@@ -9,31 +9,28 @@
                          └──────────┴─ the slot of a finished row goes to a new request, else to
                                        the last row, so that running rows are always 0..n-1
 
+A prompt that a running row holds already is copied from it. Only rows that run now count, so that
+what was generated before changes no bit of what is generated next.
+
 A row's result does not depend on its neighbours, its slot or the number of slots. Tokens are drawn
 with kleash.lm.sampling: they depend on (seed, prompt id, sample index, position) alone.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from kleash.base.errors import ModelError, UserError
-from kleash.lm.load import max_positions
-from kleash.lm.log_probs import response_log_probs
+from kleash.base.errors import UserError
 from kleash.lm.sampling import sample_tokens, uniforms
 from kleash.lm.sequences import TokenSequence, micro_batches, pack
+from kleash.lm.version_spans import VersionSpans
 
-REFILL_DIVISOR = 8
-"""Requests join once a slots/8 of them can: a forward for one prompt costs as much as a step."""
-
-_checked_models: weakref.WeakSet[Any] = weakref.WeakSet()
+FinishReason = Literal["stop", "length", "aborted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +53,8 @@ class DecodeRequest:
     """1 keeps all."""
     stop_ids: frozenset[int] = frozenset()
     """Ids that end the response and stay its last token."""
+    min_version: int = 0
+    """Oldest weights version that may draw it; whoever changes the weights sees to that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,8 @@ class Decoded:
     """Response token ids, int32, the stop token included."""
     log_probs: np.ndarray
     """Log-probability of each token under the distribution it was drawn from, float32, nats."""
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    """``Decoder.abort`` gives "aborted", a step the others."""
     versions: list[tuple[int, int, int]]
     """(start, end, weights version) of each run of tokens, in order, without gaps."""
 
@@ -77,8 +77,11 @@ class _Row:
     """What the loop needs of a running sequence outside of tensors."""
 
     request: DecodeRequest
-    spans: list[tuple[int, int]]
-    """(first token, weights version) of each run of tokens."""
+    prefix: bytes
+    """The prompt without its last token, int32: what the row's first columns hold."""
+    prefix_change: int
+    """``Decoder._num_changes`` when the keys and values of the prefix were computed."""
+    spans: VersionSpans
 
 
 class Decoder:
@@ -100,7 +103,13 @@ class Decoder:
         self._cache = SlotCache(
             num_attention_layers(model.config, max_length), max_slots, max_length
         )
+        self.num_prefix_hits = 0
+        """Requests whose prompt was copied from a running row."""
+        self.num_prefix_misses = 0
+        """Requests whose prompt was computed, alone or with others that joined with them."""
         self._version = 0
+        self._num_changes = 0
+        self._has_seen_nan = False
         self._rows: list[_Row | None] = []
         self._holes: list[int] = []
         self._width = 0
@@ -127,21 +136,28 @@ class Decoder:
         return self.max_slots - self.num_active
 
     @property
+    def running(self) -> list[DecodeRequest]:
+        """Requests that have a slot now."""
+        return [row.request for row in self._rows if row is not None]
+
+    @property
     def weights_version(self) -> int:
-        """Stamped on every token drawn from now on; set it when the model's weights change."""
+        """Stamped on every token drawn from now on; set it whenever the model's weights change.
+
+        The running rows keep the keys and values that they have. No new row gets them.
+        """
         return self._version
 
     @weights_version.setter
     def weights_version(self, version: int) -> None:
+        # Counted even if the number stays: after a rollback it may return with other weights.
+        self._num_changes += 1
         if version == self._version:
             return
         self._version = version
         for index, row in enumerate(self._rows):
             if row is not None:
-                count = int(self._positions[index]) + 1 - len(row.request.prompt)
-                if row.spans[-1][0] == count:
-                    row.spans.pop()
-                row.spans.append((count, version))
+                row.spans.change(self._num_drawn(index), version)
 
     @torch.inference_mode()
     def add(self, requests: Sequence[DecodeRequest]) -> None:
@@ -156,10 +172,50 @@ class Decoder:
                     f"least 1, and at most {self.max_length - 1} to leave room for a response."
                 )
         assert len(requests) <= self.num_free
+        held = {
+            row.prefix: index
+            for index, row in enumerate(self._rows)
+            if row is not None and row.prefix_change == self._num_changes
+        }
         self._holes.sort(reverse=True)
-        rows = [self._place(request) for request in requests]
-        self._prefill(requests, rows)
+        rows_of: dict[bytes, list[int]] = {}
+        for request in requests:
+            prefix = _to_bytes(request.prompt[:-1])
+            rows_of.setdefault(prefix, []).append(self._place(request, prefix))
+        rows_of.pop(b"", None)
+        for prefix in [prefix for prefix in rows_of if prefix in held]:
+            rows = rows_of.pop(prefix)
+            self._cache.copy_prefix(held[prefix], rows, len(_to_ids(prefix)))
+            self.num_prefix_hits += len(rows)
+        self.num_prefix_misses += sum(map(len, rows_of.values()))
+        self._prefill(rows_of)
         self._measure()
+
+    @torch.inference_mode()
+    def refill_cache(self) -> None:
+        """Compute the keys and values of every running row again, with the weights as they are.
+
+        What is drawn next is then what a whole forward of these weights would give.
+        """
+        ids = self._ids[: len(self._rows)].cpu().numpy()
+        positions = self._positions[: len(self._rows)].tolist()
+        rows_of: dict[bytes, list[int]] = {}
+        for index, row in enumerate(self._rows):
+            if row is not None:
+                # The newest token stays out: the next step reads it.
+                rows_of.setdefault(_to_bytes(ids[index, : positions[index]]), []).append(index)
+                row.prefix_change = self._num_changes
+        rows_of.pop(b"", None)
+        self._prefill(rows_of)
+
+    @torch.inference_mode()
+    def abort(self) -> list[Decoded]:
+        """End every running sequence where it is; those that have drawn nothing yet stay."""
+        return [
+            self._collect(index, "aborted")
+            for index, row in enumerate(self._rows)
+            if row is not None and self._num_drawn(index)
+        ]
 
     @torch.inference_mode()
     def step(self) -> list[Decoded]:
@@ -199,9 +255,10 @@ class Decoder:
         """Drop a running sequence; its slot is free at once. Unknown requests are ignored."""
         for index, row in enumerate(self._rows):
             if row is not None and row.request is request:
+                self._drawn_log_probs(index, row)
                 self._release(index)
 
-    def _place(self, request: DecodeRequest) -> int:
+    def _place(self, request: DecodeRequest, prefix: bytes) -> int:
         """Write a request's state into a free row."""
         if self._holes:
             row = self._holes.pop()
@@ -211,7 +268,9 @@ class Decoder:
         length = len(request.prompt)
         end = min(length + request.max_new_tokens, self.max_length)
         random = uniforms(request.seed, request.prompt_id, request.sample_index, end - length)
-        self._rows[row] = _Row(request, [(0, self._version)])
+        self._rows[row] = _Row(request, prefix, self._num_changes, VersionSpans(self._version))
+        if self._has_seen_nan:
+            self._cache.clear(row)
         self._ids[row, :length] = torch.from_numpy(request.prompt.astype(np.int64))
         self._uniforms[row, length:end] = torch.from_numpy(random)
         self._mask[row] = -torch.inf
@@ -225,17 +284,12 @@ class Decoder:
         self._stop_ids[row, : len(stop_ids)] = stop_ids
         return row
 
-    def _prefill(self, requests: Sequence[DecodeRequest], rows: Sequence[int]) -> None:
-        """Keys and values of every prompt token but the last, which the next step reads.
+    def _prefill(self, rows_of: Mapping[bytes, Sequence[int]]) -> None:
+        """Keys and values of sequences of token ids (int32 bytes), for the rows that need them.
 
         Samples of one prompt share its forward.
         """
-        rows_of: dict[bytes, list[int]] = {}
-        for request, row in zip(requests, rows, strict=True):
-            prompt = request.prompt[:-1].astype(np.int32).tobytes()
-            rows_of.setdefault(prompt, []).append(row)
-        rows_of.pop(b"", None)
-        prompts = [TokenSequence(np.frombuffer(key, np.int32), 0) for key in rows_of]
+        prompts = [TokenSequence(_to_ids(key), 0) for key in rows_of]
         targets = list(rows_of.values())
         device = self._model.device
         for group in micro_batches(prompts, self._max_batch_tokens):
@@ -267,25 +321,34 @@ class Decoder:
             )
         return tokens, log_probs
 
-    def _collect(self, index: int, finish_reason: Literal["stop", "length"]) -> Decoded:
+    def _collect(self, index: int, finish_reason: FinishReason) -> Decoded:
         row = self._rows[index]
         assert row is not None
-        start, end = len(row.request.prompt), int(self._positions[index]) + 1
-        log_probs = self._log_probs[index, start:end].cpu().numpy().copy()
-        if not np.isfinite(log_probs).all():
-            self._cache.clear(index)
-        ends = [first for first, _ in row.spans[1:]] + [end - start]
+        log_probs = self._drawn_log_probs(index, row)
+        start, end = len(row.request.prompt), len(row.request.prompt) + len(log_probs)
         self._release(index)
         return Decoded(
             request=row.request,
             ids=self._ids[index, start:end].to(torch.int32).cpu().numpy(),
             log_probs=log_probs,
             finish_reason=finish_reason,
-            versions=[
-                (first, last, version)
-                for (first, version), last in zip(row.spans, ends, strict=True)
-            ],
+            versions=row.spans.runs(len(log_probs)),
         )
+
+    def _num_drawn(self, index: int) -> int:
+        row = self._rows[index]
+        assert row is not None
+        return int(self._positions[index]) + 1 - len(row.request.prompt)
+
+    def _drawn_log_probs(self, index: int, row: _Row) -> np.ndarray:
+        """Of the response so far; remembers that broken weights have been here."""
+        start = len(row.request.prompt)
+        end = start + self._num_drawn(index)
+        log_probs = self._log_probs[index, start:end].cpu().numpy().copy()
+        if not np.isfinite(log_probs).all():
+            # Masked columns must hold finite numbers, and copies of the row may lie in any slot.
+            self._has_seen_nan = True
+        return log_probs
 
     def _release(self, index: int) -> None:
         self._rows[index] = None
@@ -328,73 +391,9 @@ class Decoder:
                 self._rows_of_setting.setdefault(setting, []).append(index)
 
 
-def generate(
-    model: Any, requests: Sequence[DecodeRequest], *, max_slots: int = 64
-) -> list[Decoded]:
-    """Decode ``requests``, at most ``max_slots`` at a time; results are in request order.
-
-    Raises ModelError for a model that cannot be decoded so, UserError for a prompt without room.
-    """
-    if not requests:
-        return []
-    check_decodable(model)
-    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    num_slots = min(max_slots, len(requests))
-    max_length = min(longest, max_positions(model))
-    return _run(Decoder(model, max_slots=num_slots, max_length=max_length), requests)
+def _to_bytes(ids: np.ndarray) -> bytes:
+    return ids.astype(np.int32).tobytes()
 
 
-def refill_count(decoder: Decoder, num_waiting: int) -> int:
-    """How many waiting requests to add now: all that fit, but none until enough of them do."""
-    take = min(decoder.num_free, num_waiting)
-    enough = min(num_waiting, max(1, decoder.max_slots // REFILL_DIVISOR))
-    return take if take >= enough else 0
-
-
-def check_decodable(model: Any) -> None:
-    """Raise ModelError unless decoding in slots gives the log-probabilities of a whole forward.
-
-    Three short sequences of different lengths are decoded in two slots, once per model object.
-    """
-    if model in _checked_models:
-        return
-    ids = np.arange(6, dtype=np.int32)
-    requests = [
-        DecodeRequest(ids[:length], "check", sample_index=length, seed=0, max_new_tokens=4)
-        for length in (1, 3, 6)
-    ]
-    decoder = Decoder(model, max_slots=2, max_length=10)
-    remedy = "decoding supports full-attention decoders such as Llama, Qwen2 and GPT-2."
-    try:
-        results = _run(decoder, requests)
-        whole = [np.append(result.request.prompt, result.ids) for result in results]
-        starts = [len(request.prompt) for request in requests]
-        batch = pack(list(map(TokenSequence, whole, starts)), model.device)
-        with torch.inference_mode():
-            expected = response_log_probs(model, batch).cpu().numpy()
-    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        name = model.config.model_type
-        raise ModelError(
-            f"cannot decode the {name} model with a KV cache: {error}; {remedy}"
-        ) from error
-    gap = max(
-        float(np.abs(row - result.log_probs).max())
-        for row, result in zip(expected, results, strict=True)
-    )
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
-    if not gap <= tolerance:
-        raise ModelError(
-            f"log-probabilities of the {model.config.model_type} model differ by {gap:.2g} nats "
-            f"between a KV cache and one whole forward (rounding makes {tolerance:g}); {remedy}"
-        )
-    _checked_models.add(model)
-
-
-def _run(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[Decoded]:
-    waiting = deque(dict.fromkeys(requests))
-    results: dict[DecodeRequest, Decoded] = {}
-    while waiting or decoder.num_active:
-        if take := refill_count(decoder, len(waiting)):
-            decoder.add([waiting.popleft() for _ in range(take)])
-        results.update((decoded.request, decoded) for decoded in decoder.step())
-    return [results[request] for request in requests]
+def _to_ids(prefix: bytes) -> np.ndarray:
+    return np.frombuffer(prefix, np.int32)

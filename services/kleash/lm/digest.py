@@ -1,20 +1,21 @@
 """Digests that identify weights, tokenizers and chat templates, and the canonical tensor list.
 
 A model's digest covers name, data type, shape and bits of every tensor under its checkpoint name;
-tied tensors count once. The same function names a frozen reference, a checkpoint and a published
-version.
+tied tensors count once. The same digest names a frozen reference, a checkpoint and a published
+version; kleash.weights.digest says how it follows a change.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
+
+from kleash.weights.digest import combine_digests, digest_bytes, tensor_sum
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -42,17 +43,14 @@ def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def tensor_words(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's bits as flat unsigned words of at most four bytes; a view as in tensor_bytes."""
+    return tensor_bytes(tensor).view(f"u{min(tensor.element_size(), 4)}")
+
+
 def tensor_digest(tensor: torch.Tensor) -> bytes:
-    """xxh3-128 of the tensor's bytes, 16 bytes."""
-    return xxhash.xxh3_128_digest(tensor_bytes(tensor).data)
-
-
-def combine_digests(entries: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
-    """Model digest from (name, dtype, shape, tensor digest) of every tensor, in any order."""
-    digest = hashlib.sha256()
-    for name, dtype, shape, tensor in sorted(entries):
-        digest.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode() + tensor)
-    return "sha256:" + digest.hexdigest()
+    """Digest sum of the tensor's bits (kleash.weights.digest), 8 bytes."""
+    return digest_bytes(tensor_sum(tensor_words(tensor)))
 
 
 def model_digest(model: torch.nn.Module) -> str:

@@ -6,6 +6,7 @@ position p of the sequence in slot r: no padding on the left, so positions are c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,12 @@ class SlotCache(Cache):
         for layer in self.slot_layers:
             for buffer in layer.buffers():
                 buffer[targets] = buffer[sources]
+
+    def copy_prefix(self, source: int, targets: Sequence[int], num_columns: int) -> None:
+        """Copy the first columns of slot ``source`` into slots ``targets``."""
+        for layer in self.slot_layers:
+            for buffer in layer.buffers():
+                buffer[list(targets), :, :num_columns] = buffer[source, :, :num_columns]
 
     def clear(self, row: int) -> None:
         """Zero a slot: masked positions must hold finite numbers, and broken weights make NaN."""

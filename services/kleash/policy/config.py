@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pydantic
 
+from kleash.base.config import Config
 from kleash.lm.config import FrozenModelConfig
 from kleash.rpc.requests import Limits
 
@@ -26,10 +29,24 @@ class PolicyLimits(Limits):
     """Padded tokens of prompts in one forward pass; a longer prompt gets a pass of its own."""
 
 
+class WeightsConfig(Config):
+    """How new weights reach this replica."""
+
+    publisher: str | None = None
+    """Address of the trainer's weights store, host:port. With it the replica catches up by itself
+    after a start or a failure, and is ready only at the version that the trainer requires; null
+    waits for the trainer to come."""
+    spool: Path | None = None
+    """Folder on the disk of this machine for versions on their way in, of this replica alone; null
+    makes a temporary one. Room for the model, and once more for what a full version overwrites."""
+
+
 class PolicyConfig(FrozenModelConfig):
     """The model that generates at start, and what a request may ask of it."""
 
     max_running_sequences: int = pydantic.Field(default=64, ge=1, lt=2**32)
     """Sequences decoded side by side."""
+    weights: WeightsConfig = WeightsConfig()
+    """How new weights reach this replica."""
     limits: PolicyLimits = pydantic.Field(default_factory=PolicyLimits)
     """Limits on requests, batches and the queue."""

@@ -3,7 +3,10 @@
     callers                              decoding thread
     submit ──► inbox ─► waiting ─► decoder.add ─► decoder.step ─┬─► deliver: what finished
     cancel ──► inbox ─► waiting and slots without it            │   in this step, per request
-    run    ──► inbox ─► function(), for example: copy weights ◄─┘
+    run    ──► inbox ─► function(): something that needs ◄──────┤
+                        the model for itself                    │
+    commit ──► inbox ─► commits: function() changes weights, ◄──┘
+                        and rows drain, go on, or end around it
 
 All responses of a request enter the queue at once and in order, so that a request that is alone
 always meets the same batches and gives the same bits.
@@ -16,14 +19,19 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kleash.base import metrics
-from kleash.lm.decode import Decoded, Decoder, DecodeRequest, refill_count
+from kleash.lm.decode import Decoded, Decoder, DecodeRequest
+from kleash.lm.generate import refill_count
+from kleash.policy.commits import Commit, CommitQueue, Committed, InFlight
+from kleash.policy.generation import Deliver, Generation
+from kleash.policy.requests import weights_too_old
 from kleash.rpc.errors import InternalError, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -31,22 +39,6 @@ logger = logging.getLogger(__name__)
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
 
 X = TypeVar("X")
-
-Deliver = Callable[[list[Decoded] | Exception], None]
-"""Called in the decoding thread: responses that finished in one step, or the end of the request."""
-
-
-class Generation:
-    """A request in the loop."""
-
-    def __init__(self, requests: Sequence[DecodeRequest], deliver: Deliver) -> None:
-        self.requests = list(requests)
-        self.deliver = deliver
-        self.open = set(requests)
-        """Responses that have not been delivered."""
-        self.submitted = time.monotonic()
-        self.is_running = False
-        """A response of it has a slot, or had one."""
 
 
 class DecodeLoop:
@@ -63,8 +55,10 @@ class DecodeLoop:
         self._waiting: deque[DecodeRequest] = deque()
         self._generation_of: dict[DecodeRequest, Generation] = {}
         self._generations: set[Generation] = set()
-        self._lock = threading.Lock()  # guards the next two, and what enters the inbox
+        self._commits = CommitQueue()
+        self._lock = threading.Lock()  # guards the next three, and what enters the inbox
         self._queued_tokens = 0
+        self._make_refusal: Callable[[], Exception] | None = None
         self._is_accepting = True
         self._is_stopping = False
         self._has_failed = False
@@ -110,11 +104,14 @@ class DecodeLoop:
     def submit(self, requests: Sequence[DecodeRequest], deliver: Deliver) -> Generation:
         """Queue ``requests``, all of them or none.
 
-        Raises Overloaded when the queue has no room for all, Unavailable when the loop stops.
+        Raises Overloaded when the queue has no room for all, Unavailable when the loop stops, and
+        what ``refuse`` was told.
         """
         total = sum(map(self._cost, requests))
         with self._lock:
             self._check_running()
+            if self._make_refusal is not None:
+                raise self._make_refusal()
             if self._queued_tokens + total > self._max_queued_tokens:
                 metrics.REQUESTS_REJECTED.labels("policy", "queue_full").inc()
                 raise Overloaded(
@@ -141,14 +138,50 @@ class DecodeLoop:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                future.set_result(function())
+                result = function()
             except BaseException as error:
                 future.set_exception(error)
+            else:
+                self._end_too_old(self.decoder.running)
+                future.set_result(result)
 
         with self._lock:
             self._check_running()
             self._inbox.put(command)
         return future
+
+    def commit(
+        self, function: Callable[[], X], mode: InFlight, *, timeout_s: float | None = None
+    ) -> Future[Committed[X]]:
+        """Change the weights: ``function`` runs in the decoding thread, between two steps.
+
+        It changes them in place and sets ``decoder.weights_version``. When it raises, so does the
+        future, and the running responses go on as they were. Commits run one after the other.
+
+        Args:
+            mode: "keep": running responses go on with the keys and values they have;
+                "drain": those that wait do not start, and ``function`` runs when none is running;
+                "reprefill": keys and values of running responses are computed again afterwards;
+                "abort_partial": running responses end as they are, with reason "aborted".
+            timeout_s: most seconds until ``function`` starts. Then the future raises
+                DeadlineExceeded and nothing was changed, as after the future's ``cancel``.
+        """
+        commit = Commit(function, mode, timeout_s)
+        with self._lock:
+            self._check_running()
+            self._inbox.put(lambda: self._commits.put(commit))
+        return commit.future
+
+    def refuse(self, make_error: Callable[[], Exception] | None) -> None:
+        """End every request with an error and refuse new ones with it; None takes them again.
+
+        For weights that may not generate. Called in ``function`` of ``commit`` or ``run``, it acts
+        before the next step.
+        """
+        with self._lock:
+            self._make_refusal = make_error
+            if make_error is not None:
+                self._inbox.put(lambda: self._end_all(make_error()))
 
     def _check_running(self) -> None:
         if self._has_failed:
@@ -160,17 +193,19 @@ class DecodeLoop:
     def _serve(self) -> None:
         try:
             while self._obey():
-                try:
-                    self._advance()
-                except Exception as error:
-                    # The rows' keys and values may be half written: nothing of them is kept.
-                    logger.exception("decoding failed; every running request is given up")
-                    for generation in list(self._generations):
-                        self._end(generation, error)
-                    self.decoder = self._new_decoder()
+                self._guard(self._advance)
         except BaseException:
             logger.exception("the decoding thread has died; every request is refused from now on")
             self._refuse_all()
+
+    def _guard(self, function: Callable[[], None]) -> None:
+        """Run what changes rows: after an error their keys and values may be half written."""
+        try:
+            function()
+        except Exception as error:
+            logger.exception("decoding failed; every running request is given up")
+            self._end_all(error)
+            self.decoder = self._new_decoder()
 
     def _refuse_all(self) -> None:
         """Nobody may wait for a thread that has died, whatever is still in its inbox."""
@@ -178,12 +213,13 @@ class DecodeLoop:
             self._has_failed, self._is_accepting = True, False
         while not self._inbox.empty():
             self._inbox.get()()
-        for generation in list(self._generations):
-            self._end(generation, _died())
+        self._commits.refuse(_died())
+        self._end_all(_died())
 
     def _obey(self) -> bool:
         """Run the commands in the inbox, waiting for one when idle. False means: end."""
         while True:
+            self._guard(self._commit_due)
             idle = not self._waiting and not self.decoder.num_active
             if idle and self._is_stopping:
                 return False
@@ -197,11 +233,34 @@ class DecodeLoop:
             self._is_idle = False
             command()
 
+    def _commit_due(self) -> None:
+        while commit := self._commits.pop_due(self.decoder.num_active):
+            self._commit(commit)
+
+    def _commit(self, commit: Commit[Any]) -> None:
+        begin = time.monotonic_ns()
+        try:
+            result = commit.function()
+        except BaseException as error:
+            commit.future.set_exception(error)
+            return
+        try:
+            self._end_too_old(self.decoder.running)
+            if commit.mode == "abort_partial":
+                self._hand_out(self.decoder.abort())
+            if commit.mode in ("reprefill", "abort_partial"):
+                # Rows that had drawn nothing were not aborted: the new weights start them.
+                self.decoder.refill_cache()
+        finally:  # whatever became of the rows, the weights are in place
+            self._last_progress = time.monotonic()
+            commit.future.set_result(Committed(result, time.monotonic_ns() - begin))
+
     def _advance(self) -> None:
         begin = time.monotonic()
-        if take := refill_count(self.decoder, len(self._waiting)):
-            self._add([self._waiting.popleft() for _ in range(take)])
+        self._admit()
         count = self.decoder.num_active
+        if not count:
+            return
         finished = self.decoder.step()
         now = self._last_progress = time.monotonic()
         metrics.BATCHER_HEARTBEAT_TIMESTAMP.labels("policy").set_to_current_time()
@@ -209,6 +268,27 @@ class DecodeLoop:
         self._step_seconds.observe(now - begin)
         rate = count / max(now - begin, 1e-9)
         self._tokens_per_s = 0.95 * self._tokens_per_s + 0.05 * rate if self._tokens_per_s else rate
+        self._hand_out(finished)
+
+    def _admit(self) -> None:
+        """Give free slots to requests that wait, unless a commit waits for the slots to be free."""
+        if self._commits.is_draining:
+            return
+        while take := refill_count(self.decoder, len(self._waiting)):
+            if not self._end_too_old(islice(self._waiting, take)):
+                self._add([self._waiting.popleft() for _ in range(take)])
+                return
+
+    def _end_too_old(self, requests: Iterable[DecodeRequest]) -> bool:
+        """End those among ``requests`` that the weights are too old for; whether there were any."""
+        version = self.decoder.weights_version
+        too_old = [request for request in requests if request.min_version > version]
+        for request in too_old:
+            if generation := self._generation_of.get(request):
+                self._end(generation, weights_too_old(request.min_version, version))
+        return bool(too_old)
+
+    def _hand_out(self, finished: list[Decoded]) -> None:
         by_generation: dict[Generation, list[Decoded]] = {}
         for decoded in finished:
             by_generation.setdefault(self._generation_of[decoded.request], []).append(decoded)
@@ -260,6 +340,10 @@ class DecodeLoop:
             stage = "computing" if generation.is_running else "queued"
             metrics.CANCELLED.labels("policy", stage).inc()
             self._forget(generation)
+
+    def _end_all(self, error: Exception) -> None:
+        for generation in list(self._generations):
+            self._end(generation, error)
 
     def _end(self, generation: Generation, error: Exception) -> None:
         self._forget(generation)

@@ -9,13 +9,15 @@ import torch
 
 from kleash.base import metrics
 from kleash.base.errors import ModelError
-from kleash.lm.decode import Decoder, DecodeRequest, check_decodable
+from kleash.lm.decode import Decoder, DecodeRequest
 from kleash.lm.frozen import FrozenModel, load_frozen
+from kleash.lm.generate import check_decodable
 from kleash.lm.load import load_causal_lm
 from kleash.policy.config import DEFAULT_SEQUENCE_TOKENS, PolicyConfig
 from kleash.policy.decode_loop import DecodeLoop
+from kleash.policy.replica import WeightsReplica
 from kleash.policy.requests import PolicyRequests
-from kleash.policy.weights import WeightsReceiver
+from kleash.weights.spool import Spool
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,7 @@ class Engine:
     frozen: FrozenModel
     """The model as it was loaded; its weights change with every publish, in place."""
     loop: DecodeLoop
-    weights: WeightsReceiver
+    weights: WeightsReplica
     requests: PolicyRequests
 
     @staticmethod
@@ -67,11 +69,19 @@ class Engine:
                 f"tokens do not fit into the memory of {frozen.device} beside the model; lower "
                 "max_running_sequences or limits.max_item_tokens."
             ) from None
-        weights = WeightsReceiver(
+        try:
+            spool = Spool(config.weights.spool)
+        except OSError as error:
+            raise ModelError(
+                f"cannot use the folder {config.weights.spool} for weights: {error.strerror}; set "
+                "weights.spool to a writable one."
+            ) from None
+        weights = WeightsReplica(
             frozen.model,
             loop,
-            digest=frozen.revision,
+            spool,
             on_served=lambda old, new: _show_model(frozen, old, new),
+            awaits_publisher=config.weights.publisher is not None,
         )
         _show_model(frozen, None, frozen.revision)
         requests = PolicyRequests(
@@ -79,6 +89,11 @@ class Engine:
         )
         loop.start()
         return Engine(frozen, loop, weights, requests)
+
+    def close(self) -> None:
+        """Finish what runs, end the decoding thread and remove what was spooled."""
+        self.loop.stop()
+        self.weights.spool.close()
 
 
 def _show_model(frozen: FrozenModel, old: str | None, new: str) -> None:

@@ -7,7 +7,7 @@ bits of a run over gRPC.
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from kleash.client.policy import PolicyCalls
 from kleash.lm.decode import Decoded
@@ -16,6 +16,8 @@ from kleash.policy.decode_loop import finished_or_error
 from kleash.policy.engine import Engine
 from kleash.policy.requests import encode
 from kleash.policy.v1 import policy_pb2
+from kleash.policy.weights_servicer import MODES, check_canary, rolled_back
+from kleash.weights.fetch import Source
 from kleash.weights.v1 import weights_pb2
 
 
@@ -33,7 +35,7 @@ class LocalPolicy(PolicyCalls):
 
     def close(self) -> None:
         """Finish what runs and end the decoding thread."""
-        self.engine.loop.stop()
+        self.engine.close()
 
     def _get_policy(self, _: policy_pb2.GetPolicyRequest) -> policy_pb2.GetPolicyResponse:
         return self.engine.requests.get_policy()
@@ -55,20 +57,56 @@ class LocalPolicy(PolicyCalls):
 
 
 class LocalWeights:
-    """A policy's weights behind the client's methods."""
+    """A policy's weights behind the methods of WeightsClient."""
+
+    address = ""
+    """Nobody fetches from here."""
 
     def __init__(self, engine: Engine) -> None:
-        self._receiver = engine.weights
+        self._engine = engine
+        self._replica = engine.weights
 
-    def get_weights(self) -> weights_pb2.GetWeightsResponse:
+    def get_weights(self, *, audit: bool = False) -> weights_pb2.GetWeightsResponse:
         """What is served now, and the schema it follows."""
-        return self._receiver.get_weights()
+        if audit:
+            self._replica.audit()
+        return self._replica.get_weights()
 
-    def publish(
-        self, manifest: weights_pb2.Manifest, chunks: Iterable[weights_pb2.Chunk]
-    ) -> weights_pb2.PublishResponse:
-        """Publish a version. Raises what WeightsClient raises."""
-        return self._receiver.publish(manifest, chunks)
+    def prepare(
+        self,
+        request: weights_pb2.PrepareRequest,
+        store: Source,
+        *,
+        timeout_s: float | None = None,  # noqa: ARG002  there is nothing to wait for
+    ) -> weights_pb2.PrepareResponse:
+        """Take a version from ``store``, which is in this process."""
+        return self._replica.prepare(request, [store])
+
+    def commit(
+        self,
+        key: weights_pb2.VersionKey,
+        in_flight: weights_pb2.InFlight = weights_pb2.IN_FLIGHT_KEEP,
+        *,
+        timeout_s: float | None = None,
+    ) -> weights_pb2.CommitResponse:
+        """Put a staged version in place."""
+        commit = self._replica.begin_commit(key, MODES[in_flight], timeout_s)
+        done = commit.result() if commit is not None else None
+        return self._replica.commit_response(key, done)
+
+    def abort(self, key: weights_pb2.VersionKey) -> weights_pb2.AbortResponse:
+        """Forget a staged version."""
+        return self._replica.abort(key)
+
+    def rollback(self, key: weights_pb2.VersionKey) -> weights_pb2.RollbackResponse:
+        """Go back to the version before ``key``."""
+        self._replica.begin_rollback(key).result()
+        return rolled_back(self._replica)
+
+    def check_canary(self, token_ids: bytes) -> weights_pb2.CheckCanaryResponse:
+        """Log-probabilities of a sequence with the served weights."""
+        engine = self._engine
+        return check_canary(engine.loop, engine.frozen, self._replica, token_ids)
 
     def close(self) -> None:
         """Nothing to close; clients have this."""

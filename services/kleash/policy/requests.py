@@ -9,12 +9,12 @@ import numpy as np
 
 from kleash.base.version import software_version
 from kleash.common.v1 import common_pb2
-from kleash.lm.decode import Decoded, DecodeRequest
+from kleash.lm.decode import Decoded, DecodeRequest, FinishReason
 from kleash.lm.frozen import FrozenModel
 from kleash.policy.config import PolicyConfig
 from kleash.policy.v1 import policy_pb2
 from kleash.rpc.codec import decode_ids, encode_floats, encode_ids
-from kleash.rpc.errors import InvalidRequest, PreconditionFailed
+from kleash.rpc.errors import InvalidRequest, PreconditionFailed, Unavailable
 from kleash.rpc.requests import TOKENIZER_MISMATCH, TOO_LARGE, check_size, unknown_id
 from kleash.weights.v1 import weights_pb2
 
@@ -23,6 +23,18 @@ MIN_TEMPERATURE = 1e-4
 
 MAX_MESSAGE_TOKENS = 1 << 20
 """Tokens in one message of the stream: 8 MiB."""
+
+
+WEIGHTS_TOO_OLD = "WEIGHTS_TOO_OLD"
+
+QUARANTINE_RETRY_S = 5.0
+"""A quarantined replica is good again when it has fetched a whole version."""
+
+_FINISH_REASONS: dict[FinishReason, policy_pb2.FinishReason] = {
+    "stop": policy_pb2.FINISH_REASON_STOP,
+    "length": policy_pb2.FINISH_REASON_LENGTH,
+    "aborted": policy_pb2.FINISH_REASON_ABORTED,
+}
 
 
 class PolicyRequests:
@@ -36,7 +48,7 @@ class PolicyRequests:
         max_sequence_tokens: int,
         served: Callable[[], weights_pb2.GetWeightsResponse],
     ) -> None:
-        """``served`` tells the version and digest of the weights at the time of the call."""
+        """``served`` tells what is served, required and known at the time of the call."""
         self._config = config
         self._limits = config.limits
         self._frozen = frozen
@@ -62,10 +74,10 @@ class PolicyRequests:
     def generate(self, request: policy_pb2.GenerateRequest) -> list[DecodeRequest]:
         """One decode request per sample, in order.
 
-        Raises InvalidRequest with the culprit's path, or PreconditionFailed for another tokenizer
-        or weights that are too old.
+        Raises InvalidRequest with the culprit's path, PreconditionFailed for another tokenizer or
+        weights that are too old, or Unavailable while no known weights are in place.
         """
-        self._check_preconditions(request)
+        min_version = self._check_preconditions(request)
         prompts = request.prompts
         num_samples = [prompt.num_samples or 1 for prompt in prompts]
         if not prompts:
@@ -95,13 +107,15 @@ class PolicyRequests:
                         prompt_id=prompt.prompt_id,
                         sample_index=sample_index,
                         seed=request.sampling.seed,
+                        min_version=min_version,
                         **sampling,
                     )
                 )
         self._check_queue(requests)
         return requests
 
-    def _check_preconditions(self, request: policy_pb2.GenerateRequest) -> None:
+    def _check_preconditions(self, request: policy_pb2.GenerateRequest) -> int:
+        """Returns the oldest weights version that may draw: weights change while requests wait."""
         own = self._frozen.tokenizer_sha256
         if request.tokenizer_sha256 not in ("", own):
             raise PreconditionFailed(
@@ -111,18 +125,27 @@ class PolicyRequests:
                 field="tokenizer_sha256",
                 metadata={"requested": request.tokenizer_sha256, "served": own},
             )
-        version = self._served().version
+        served = self._served()
+        if served.state == weights_pb2.REPLICA_STATE_QUARANTINED:
+            raise quarantined()
+        version, required = served.version, served.required_version
         if version < request.min_weights_version:
+            raise weights_too_old(request.min_weights_version, version, field="min_weights_version")
+        if not request.HasField("max_lag"):
+            return request.min_weights_version
+        if required - version > request.max_lag:
             raise PreconditionFailed(
-                f"weights version {request.min_weights_version} is required and version {version} "
-                "is served; publish it or ask for less.",
-                reason="WEIGHTS_TOO_OLD",
-                field="min_weights_version",
+                f"weights version {version} is served, which is {required - version} behind "
+                f"version {required}, and max_lag is {request.max_lag}; wait until the replica has "
+                "caught up, or allow more.",
+                reason=WEIGHTS_TOO_OLD,
+                field="max_lag",
                 metadata={
-                    "requested": str(request.min_weights_version),
+                    "requested": str(required - request.max_lag),
                     "served": str(version),
                 },
             )
+        return max(request.min_weights_version, required - request.max_lag)
 
     def _prompt_ids(self, prompt: policy_pb2.Prompt, index: int) -> np.ndarray:
         field = f"prompts[{index}].tokens"
@@ -196,6 +219,27 @@ def eos_ids(frozen: FrozenModel) -> frozenset[int]:
     return frozenset([frozen.tokenizer.eos_token_id])
 
 
+def weights_too_old(required: int, served: int, *, field: str = "") -> PreconditionFailed:
+    """The answer to a request for newer weights than are served."""
+    return PreconditionFailed(
+        f"weights version {required} is required and version {served} is served; publish it or ask "
+        "for less.",
+        reason=WEIGHTS_TOO_OLD,
+        field=field,
+        metadata={"requested": str(required), "served": str(served)},
+    )
+
+
+def quarantined() -> Unavailable:
+    """The answer of a replica that does not know which weights it holds."""
+    return Unavailable(
+        "the replica is quarantined: its weights are not known to be those of a version. Try "
+        "another until it has fetched a whole version.",
+        reason="QUARANTINED",
+        retry_after_s=QUARANTINE_RETRY_S,
+    )
+
+
 def encode(finished: Sequence[Decoded]) -> Iterator[policy_pb2.GenerateResponse]:
     """Messages of the stream: one, unless the responses are long."""
     sequences: list[policy_pb2.GeneratedSequence] = []
@@ -215,11 +259,7 @@ def _encode_one(decoded: Decoded) -> policy_pb2.GeneratedSequence:
         sample_index=decoded.request.sample_index,
         tokens=encode_ids(decoded.ids),
         log_probs=encode_floats(decoded.log_probs),
-        finish_reason=(
-            policy_pb2.FINISH_REASON_STOP
-            if decoded.finish_reason == "stop"
-            else policy_pb2.FINISH_REASON_LENGTH
-        ),
+        finish_reason=_FINISH_REASONS[decoded.finish_reason],
         version_spans=[
             policy_pb2.VersionSpan(start=start, end=end, weights_version=version)
             for start, end, version in decoded.versions

@@ -1,96 +1,127 @@
-"""A published version on its way in: where its chunks are collected, and which are there."""
+"""Bringing a version to the point of its commit: plan, fetch, check, predict, save."""
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
-import numpy as np
-import xxhash
-
-from kleash.rpc.errors import InvalidRequest, PreconditionFailed
+from kleash.policy.commits import Committed
+from kleash.policy.live import LiveWeights, Step
+from kleash.rpc.errors import PreconditionFailed, Unavailable
+from kleash.weights.fetch import Source, fetch_object
+from kleash.weights.manifest import check_manifest, describe_key, encoded_bytes
+from kleash.weights.spool import Spool, SpoolObject
 from kleash.weights.v1 import weights_pb2
 
-ALIGNMENT = 64
-"""Tensors start on multiples of this in the staging buffer, so that it can be read as any type."""
+OnProgress = Callable[[int, int], None]
+"""Called with the bytes fetched so far and in all."""
 
 
-class Staging:
-    """A version on its way in."""
+@dataclass(eq=False)
+class Staged:
+    """A version that was fetched and checked, and after its commit what takes it back."""
 
-    def __init__(self, manifest: weights_pb2.Manifest, buffer: np.ndarray) -> None:
-        self.manifest = manifest
-        self.began = time.monotonic()
-        self.num_bytes = 0
-        self.is_applying = False
-        self._buffer = buffer
-        self._offsets = tensor_offsets(manifest)
-        self._starts: list[list[int]] = [[] for _ in manifest.tensors]
-        self._chunks: list[dict[int, tuple[int, int]]] = [{} for _ in manifest.tensors]
+    key: weights_pb2.VersionKey
+    steps: list[Step]
+    saved: SpoolObject | None
+    """Words that full parts overwrite."""
+    fetched_bytes: int
+    began: float
+    commit: Future[Committed[None]] | None = None
+    """Its commit, once asked for."""
 
-    def add(self, chunk: weights_pb2.Chunk) -> None:
-        """Store a chunk, in any order. The same chunk again is ignored; an overlap is refused."""
-        index, start, end = chunk.tensor_index, chunk.offset, chunk.offset + len(chunk.data)
-        if index >= len(self.manifest.tensors):
-            raise InvalidRequest(
-                f"a chunk is of tensor {index} and the manifest has {len(self.manifest.tensors)}.",
-                field="chunk.tensor_index",
+    def close_saved(self) -> None:
+        """The version is not taken back any more."""
+        if self.saved is not None:
+            self.saved.close()
+
+    def close(self, spool: Spool) -> None:
+        """Nothing of it is kept."""
+        self.close_saved()
+        for step in self.steps:
+            spool.drop(step.manifest.manifest_hash)
+
+
+def stage(
+    live: LiveWeights,
+    spool: Spool,
+    request: weights_pb2.PrepareRequest,
+    sources: Sequence[Source],
+    *,
+    have: str,
+    on_progress: OnProgress,
+    is_cancelled: Callable[[], bool],
+) -> Staged:
+    """Everything of a commit that does not touch the live weights.
+
+    ``have`` is their digest, empty when they are of no version. Raises what
+    ``WeightsReplica.prepare`` names.
+    """
+    began = time.monotonic()
+    manifests = _plan(live, request, sources, have)
+    total, done = sum(map(encoded_bytes, manifests)), 0
+
+    def progress(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        on_progress(done, total)
+
+    steps = []
+    for manifest in manifests:
+        check_manifest(manifest, live.schema, live.schema_digest)
+        target = spool.create(manifest.manifest_hash, encoded_bytes(manifest))
+        fetch_object(
+            manifest.manifest_hash,
+            target,
+            sources,
+            on_progress=progress,
+            is_cancelled=is_cancelled,
+        )
+        steps.append(Step(manifest, target.view()))
+    try:
+        if steps:
+            live.predict(steps)
+        saved = live.save(steps, spool)
+    except PreconditionFailed:
+        for manifest in manifests:  # bytes that are wrong must not be kept for the next attempt
+            spool.drop(manifest.manifest_hash)
+        raise
+    return Staged(request.key, steps, saved, done, began)
+
+
+def _plan(
+    live: LiveWeights, request: weights_pb2.PrepareRequest, sources: Sequence[Source], have: str
+) -> list[weights_pb2.Manifest]:
+    """The manifests that lead from the served weights to the wanted ones."""
+    has_manifest = request.HasField("manifest")
+    last = [request.manifest] if has_manifest else []
+    want = request.manifest.base_digest if has_manifest else request.key.digest
+    manifests = last
+    if want not in ("", have):
+        if not sources:
+            raise Unavailable(
+                f"{describe_key(request.key)} is a change of other weights than those served here, "
+                "and no source was named that could plan a way; name one.",
+                reason="NO_SOURCE",
             )
-        entry = self.manifest.tensors[index]
-        if not chunk.data or end > entry.encoded_bytes:
-            raise InvalidRequest(
-                f"a chunk of tensor '{entry.name}' covers bytes {start} to {end}; it needs at "
-                f"least one, and the tensor has {entry.encoded_bytes}.",
-                field="chunk.offset",
-            )
-        if xxhash.xxh3_64_intdigest(chunk.data) != chunk.xxh3_64:
+        plan = sources[-1].plan_update(have, live.schema_digest, want)
+        manifests = [*plan.manifests, *last]
+    at = have
+    for manifest in manifests:
+        if manifest.base_digest not in ("", at):
             raise PreconditionFailed(
-                f"bytes {start} to {end} of tensor '{entry.name}' do not have the checksum that "
-                "came with them; publish again.",
-                reason="DIGEST_MISMATCH",
-                metadata={"layer": "chunk", "tensor": entry.name, "offset": str(start)},
+                f"version {manifest.version} is a change of the weights {manifest.base_digest} "
+                f"and not of {at}; publish again.",
+                reason="WRONG_BASE",
+                metadata={"have": at, "base": manifest.base_digest},
             )
-        starts, chunks = self._starts[index], self._chunks[index]
-        if chunks.get(start) == (end, chunk.xxh3_64):
-            return
-        place = bisect_left(starts, start)
-        overlaps_before = place > 0 and chunks[starts[place - 1]][0] > start
-        overlaps_after = place < len(starts) and starts[place] < end
-        if overlaps_before or overlaps_after:
-            raise InvalidRequest(
-                f"bytes {start} to {end} of tensor '{entry.name}' overlap bytes that were sent "
-                "before; send every byte once.",
-                field="chunk.offset",
-            )
-        starts.insert(place, start)
-        chunks[start] = (end, chunk.xxh3_64)
-        self.num_bytes += len(chunk.data)
-        first = self._offsets[index]
-        self._buffer[first + start : first + end] = np.frombuffer(chunk.data, np.uint8)
-
-    def tensor_bytes(self, index: int) -> np.ndarray:
-        """The staged bytes of a tensor."""
-        first = self._offsets[index]
-        return self._buffer[first : first + self.manifest.tensors[index].encoded_bytes]
-
-    def missing(self) -> str:
-        """A sentence about the first tensor that is not complete; empty when all are."""
-        for entry, chunks in zip(self.manifest.tensors, self._chunks, strict=True):
-            have = sum(end - start for start, (end, _) in chunks.items())
-            if have != entry.encoded_bytes:
-                return f"tensor '{entry.name}' has {have} of {entry.encoded_bytes} bytes"
-        return ""
-
-
-def tensor_offsets(manifest: weights_pb2.Manifest) -> list[int]:
-    """Where each tensor starts in the staging buffer."""
-    offsets, end = [], 0
-    for entry in manifest.tensors:
-        offsets.append(end)
-        end += -(-entry.encoded_bytes // ALIGNMENT) * ALIGNMENT
-    return offsets
-
-
-def buffer_size(manifest: weights_pb2.Manifest) -> int:
-    """Bytes of a staging buffer."""
-    return tensor_offsets(manifest)[-1] + manifest.tensors[-1].encoded_bytes
+        at = manifest.result_digest
+    if at != request.key.digest:
+        raise PreconditionFailed(
+            f"the plan leads to the weights {at} and not to {request.key.digest}; try again.",
+            reason="WRONG_BASE",
+            metadata={"have": at, "want": request.key.digest},
+        )
+    return manifests

@@ -19,23 +19,29 @@ RETRY_POLICY = {
 }
 
 
-def connect(address: str, *, service: str, methods_to_retry: Sequence[str]) -> grpc.Channel:
+def connect(
+    address: str, *, service: str, methods_to_retry: Sequence[str], checks_health: bool = True
+) -> grpc.Channel:
     """Open a channel to ``address`` ("host:port", or a gRPC target such as "dns:///reward:50051").
 
     ``service`` is the full name whose health decides which servers get calls. ``methods_to_retry``
     are its idempotent methods: only those are tried again, on UNAVAILABLE and RESOURCE_EXHAUSTED.
+    Without ``checks_health`` a server gets calls once it is reached, ready or not.
     """
     return grpc.insecure_channel(
-        _target(address), options=channel_options(service, methods_to_retry)
+        _target(address), options=channel_options(service, methods_to_retry, checks_health)
     )
 
 
-def channel_options(service: str, methods_to_retry: Sequence[str]) -> list[tuple[str, str | int]]:
+def channel_options(
+    service: str,
+    methods_to_retry: Sequence[str],
+    checks_health: bool = True,
+) -> list[tuple[str, str | int]]:
     """Channel arguments of ``connect``."""
-    config: dict[str, object] = {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "healthCheckConfig": {"serviceName": service},
-    }
+    config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if checks_health:
+        config["healthCheckConfig"] = {"serviceName": service}
     if methods_to_retry:
         names = [{"service": service, "method": method} for method in methods_to_retry]
         config["methodConfig"] = [{"name": names, "retryPolicy": RETRY_POLICY}]

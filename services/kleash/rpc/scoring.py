@@ -92,7 +92,7 @@ class ScoringService(ABC, Generic[J, R]):
         await self._batcher.start()
         self._is_started = True
 
-    def is_ready(self) -> bool:
+    def is_ready(self, full_name: str) -> bool:  # noqa: ARG002
         """Whether the model is loaded and the batcher runs."""
         return self._is_started
 

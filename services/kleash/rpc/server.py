@@ -218,7 +218,7 @@ class _Host:
 
     async def _show_health(self) -> None:
         ready = {
-            name: service.is_ready() and not self._is_draining
+            name: service.is_ready(name) and not self._is_draining
             for service in self._services
             for name in service.full_names
         }

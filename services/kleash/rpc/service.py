@@ -27,8 +27,8 @@ class Service(Protocol):
         """Start queues and batchers on the event loop."""
         ...
 
-    def is_ready(self) -> bool:
-        """Whether calls can be served now: shown as the health status of ``full_names``."""
+    def is_ready(self, full_name: str) -> bool:
+        """Whether calls of one of ``full_names`` can be served now: its health status."""
         ...
 
     def heartbeat_age_s(self) -> float:

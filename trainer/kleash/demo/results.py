@@ -17,8 +17,9 @@ from kleash.demo.data import read_lines
 from kleash.demo.judge import score
 from kleash.evaluate.report import DialogueSample, render_report
 from kleash.evaluate.statistics import compare_paired
-from kleash.lm.decode import DecodeRequest, generate
+from kleash.lm.decode import DecodeRequest
 from kleash.lm.digest import model_digest
+from kleash.lm.generate import generate
 from kleash.lm.load import load_causal_lm, load_sequence_classifier, load_tokenizer
 from kleash.reward_model.evaluation import score_sequences
 

@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 
 FREE_KEYS = (
-    "out", "prompts", "model", "reward_model", "services", "server", "evaluation", "checkpoint",
+    "out", "prompts", "model", "reward_model", "services", "publish", "server", "evaluation",
+    "checkpoint",
     "micro_batch_tokens", "isolate_scoring", "device", "num_threads", "resume", "skip_bad",
     "pad_token", "chat_template",
 )  # fmt: skip

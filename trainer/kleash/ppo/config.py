@@ -42,6 +42,34 @@ class ServicesConfig(Config):
         return value
 
 
+class PublishConfig(Config):
+    """How new weights reach the policy replicas; docs/weights.md explains the protocol."""
+
+    server: ServerConfig = ServerConfig()
+    """The weights store from which replicas fetch; a port of its own."""
+    address: str | None = None
+    """Where replicas reach the store, host:port; null is the server's own address."""
+    quorum: int | None = pydantic.Field(default=None, ge=1)
+    """Replicas that must serve a new version for the run to go on, with those alone until the
+    others have caught up; null means all."""
+    in_flight: Literal["drain", "keep", "reprefill", "abort_partial"] = "keep"
+    """Responses that are being generated at a commit: end with the old weights first, go on with
+    the keys and values they have, go on with new ones, or end where they are."""
+    prepare_timeout_s: float = pydantic.Field(default=600.0, gt=0)
+    """Time for a replica to fetch and check a version while it serves the old one."""
+    commit_timeout_s: float = pydantic.Field(default=120.0, gt=0)
+    """Time for a replica to put it in place; with drain, running responses end in it."""
+    canary_tokens: int = pydantic.Field(default=16, ge=0)
+    """Tokens of the first prompt whose log-probs must agree on trainer and replica after every
+    commit; 0 turns the check off."""
+    keep_versions: int = pydantic.Field(default=64, ge=1)
+    """Deltas that are kept on disk for replicas that fall behind."""
+    flat_replicas: int = pydantic.Field(default=8, ge=1)
+    """Replicas that fetch from the trainer itself; the others fetch from replicas."""
+    peer_fan_out: int = pydantic.Field(default=3, ge=1)
+    """Replicas that fetch from one replica."""
+
+
 class SamplingConfig(Config):
     """How responses are drawn. Policy, trainer and reference use the same temperature."""
 
@@ -209,6 +237,8 @@ class PPOConfig(Config):
     """Folder of the reward model, from which the value network starts (see value.init)."""
     services: ServicesConfig = ServicesConfig()
     """Addresses and deadlines."""
+    publish: PublishConfig = PublishConfig()
+    """How new weights reach the policy replicas."""
     server: ServerConfig = ServerConfig()
     """The trainer's own gRPC service: status, watch, pause, resume, checkpoint, stop."""
     seed: int = pydantic.Field(default=0, ge=0)

@@ -86,6 +86,12 @@ class Learner:
         """False in the first value.warmup_steps, which train the value network alone."""
         return step > self.config.value.warmup_steps
 
+    @torch.no_grad()
+    def canary_log_probs(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) token ids to (n - 1,) log-probs of all but the first, at temperature 1."""
+        batch = pack([TokenSequence(ids, 1)], self._device)
+        return response_log_probs(self.policy, batch)[0].cpu().numpy()
+
     # -------------------------------------------------------------------------- before the update
 
     @torch.no_grad()

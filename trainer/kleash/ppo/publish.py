@@ -1,107 +1,310 @@
-"""Sends the policy's weights to every replica: a manifest, then 1 MiB chunks, in parallel.
+"""The publisher beside the trainer: a shadow of what is served, versions on disk, commits.
 
-The digest is that of the bits that are served: a trainer in float32 casts to the replicas' data
-type first. Nothing here changes the model.
+    policy ──cast, tensor by tensor─► new bits ─┐
+                                                ├─► delta ─► store ─► two-phase commit over replicas
+    shadow: bits of the last committed version ─┘                              │
+       ▲                                                                       ▼
+       └──────────────────── advanced only when the version is committed ◄── canary agrees
+
+Nothing here changes the model. The shadow is the only copy; encoding holds one part at a time.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 
-from kleash.lm.digest import (
-    DTYPE_NAMES,
-    canonical_tensors,
-    combine_digests,
-    schema_digest,
-    tensor_bytes,
-)
-from kleash.ppo.services import Weights
-from kleash.rpc.errors import InternalError, PreconditionFailed
+from kleash.lm.digest import DTYPE_NAMES, canonical_tensors, schema_digest, tensor_words
+from kleash.ppo.config import PublishConfig
+from kleash.rpc.errors import InternalError, PreconditionFailed, ServiceError
+from kleash.weights.coordinator import Coordinator, FleetSettings, Replica
+from kleash.weights.encoder import EncodedShards, Shadow, Shard, encode_shards, merge
+from kleash.weights.manifest import Schema, TensorShape, encoded_bytes, num_changed
+from kleash.weights.store import Store, Stored
 from kleash.weights.v1 import weights_pb2
 
-CHUNK_BYTES = 1 << 20
-"""Larger chunks are slower in Python's gRPC: each is a fresh allocation."""
+logger = logging.getLogger(__name__)
 
 CASTS = (None, torch.bfloat16, torch.float16, torch.float32)
 """Data types that a replica may serve; None is the trainer's own."""
 
+IN_FLIGHT = {
+    "drain": weights_pb2.IN_FLIGHT_DRAIN,
+    "keep": weights_pb2.IN_FLIGHT_KEEP,
+    "reprefill": weights_pb2.IN_FLIGHT_REPREFILL,
+    "abort_partial": weights_pb2.IN_FLIGHT_ABORT_PARTIAL,
+}
+
+CANARY_TOLERANCE = {"F32": 0.01, "BF16": 0.5, "F16": 0.1}
+"""Nats between the trainer's and a replica's log-prob of a token, by the served data type. Other
+weights are off by far more than another kernel's rounding; the digest has checked the bits."""
+
 
 @dataclass(frozen=True)
 class PublishReport:
-    """A version that every replica serves."""
+    """A version that every replica that committed serves."""
 
     version: int
     digest: str
     """Digest of the served weights."""
     seconds: float
-    """From the first hash to the last replica's answer."""
+    """From the first comparison with the shadow to the last replica's answer."""
+    encode_s: float
+    """Of that, until the version was stored."""
     bytes: int
-    """Sent to all replicas together; replicas that served the version already take none."""
+    """Encoded bytes of the version, sent to each replica that served the version before."""
+    dense_bytes: int
+    """Bytes of the weights."""
+    changed_fraction: float
+    """Share of the elements whose bits changed."""
     pause_s: float
     """Longest time for which a replica did not generate."""
+    replicas: tuple[int, ...]
+    """Indices of the replicas that serve the version."""
+
+
+@dataclass(frozen=True, eq=False)
+class Canary:
+    """A fixed sequence and the trainer's own log-probs of it."""
+
+    ids: np.ndarray
+    """int32, at least two."""
+    log_probs: Callable[[np.ndarray], np.ndarray]
+    """(n,) ids to (n - 1,) float32 log-probs of the policy as it is now, at temperature 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A version that was encoded and is not committed yet."""
+
+    manifest: weights_pb2.Manifest
+    sums: dict[str, int]
+    encode_s: float
 
 
 class Publisher:
-    """Publishes versions of one run. Not for two threads at a time."""
+    """Publishes versions of one run. One thread publishes; replicas may plan meanwhile."""
 
-    def __init__(self, weights_clients: Sequence[Weights], run_id: str, fence: int) -> None:
-        """``fence`` is this trainer's epoch: replicas refuse a lower one than they have seen."""
-        self._clients = list(weights_clients)
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        store: Store,
+        *,
+        run_id: str,
+        fence: int,
+        config: PublishConfig | None = None,
+        store_address: str = "",
+        canary: Canary | None = None,
+    ) -> None:
+        """Args:
+        fence: this trainer's epoch; replicas refuse a lower one than they have seen.
+        store_address: where replicas in other processes reach ``store``.
+        canary: compared on every replica after each commit.
+        """
+        config = config or PublishConfig()
+        self.store = store
         self._run_id = run_id
         self._fence = fence
+        self._canary = canary
+        self._coordinator = Coordinator(
+            replicas, store, store_address, _settings(config, len(replicas))
+        )
+        self._shadow: Shadow | None = None
+        self._base = (0, "")
+        self._pending: _Pending | None = None
+        self._lock = (
+            threading.Lock()
+        )  # guards the shadow: anchors are made from it in other threads
+        store.make_anchor = self._make_anchor
 
     def publish(self, model: torch.nn.Module, version: int) -> PublishReport:
-        """Put the model's weights in place on every replica, as ``version``.
+        """Put the model's weights in place on the replicas, as ``version``.
 
-        The model must not change meanwhile. Publishing the same version again is harmless: replicas
-        that serve it say so, one that was restarted gets it.
+        The model must not change meanwhile, nor until a publish that raised is repeated. Publishing
+        the committed version again brings replicas to it that lost it.
 
-        Raises the first replica's ServiceError; a replica that failed serves what it did before.
+        Raises a replica's ServiceError when too few replicas follow; all serve what they did.
         """
         begin = time.monotonic()
-        with ThreadPoolExecutor(len(self._clients), "publish") as threads:
-            schemas = {
-                served.schema_digest
-                for served in threads.map(lambda client: client.get_weights(), self._clients)
-            }
-            if len(schemas) > 1:
-                raise PreconditionFailed(
-                    "the policy replicas serve models of different shapes or data types; "
-                    "start them with the same model and dtype.",
-                    reason="SCHEMA_MISMATCH",
-                )
-            tensors = cast_to_schema(canonical_tensors(model), schemas.pop())
-            manifest = build_manifest(
-                tensors, run_id=self._run_id, fence=self._fence, version=version
-            )
-            responses = list(
-                threads.map(lambda client: client.publish(manifest, chunks(tensors)), self._clients)
-            )
-        for response in responses:
-            if (response.version, response.digest) != (version, manifest.result_digest):
-                raise InternalError(
-                    f"a policy replica serves version {response.version} with digest "
-                    f"{response.digest} after the publish of version {version} with digest "
-                    f"{manifest.result_digest}; does another trainer publish to it?"
-                )
+        head = self.store.head
+        if head is not None and (head.fence, head.version) == (self._fence, version):
+            return self._repeat(head, begin)
+        pending = self._encode(model, version)
+        manifest = pending.manifest
+        check = partial(self._check_canary, self._expected_canary())
+        report = self._coordinator.publish(manifest, check)
+        self._advance(pending)
+        shapes = self._schema.values()
         return PublishReport(
             version=version,
             digest=manifest.result_digest,
             seconds=time.monotonic() - begin,
-            bytes=sum(response.received_bytes for response in responses),
-            pause_s=max(response.pause_ns for response in responses) / 1e9,
+            encode_s=pending.encode_s,
+            bytes=encoded_bytes(manifest),
+            dense_bytes=sum(shape.num_bytes for shape in shapes),
+            changed_fraction=num_changed(manifest) / max(sum(its.num_words for its in shapes), 1),
+            pause_s=max(its.pause_ns for its in report.committed.values()) / 1e9,
+            replicas=tuple(sorted(report.committed)),
         )
 
+    def ensure(self, replica: int, version: int) -> None:
+        """Bring one replica to the committed ``version`` unless it serves it.
 
-def cast_to_schema(tensors: Mapping[str, torch.Tensor], wanted: str) -> dict[str, torch.Tensor]:
-    """The tensors in the data type whose schema digest is ``wanted``; not copied when it is theirs.
+        Raises PermissionDenied when another trainer has taken the replica over.
+        """
+        head = self.store.head
+        assert head is not None, "ensure before publish"
+        assert head.version == version, f"version {head.version} is committed and not {version}"
+        if self._coordinator.replicas[replica].get_weights().served != head:
+            logger.warning(
+                "policy replica %d does not serve version %d; bringing it there", replica, version
+            )
+            self._coordinator.catch_up(replica, head)
+
+    @property
+    def _schema(self) -> Schema:
+        assert self._shadow is not None
+        return self._shadow.schema
+
+    def _repeat(self, head: weights_pb2.VersionKey, begin: float) -> PublishReport:
+        """Bring those replicas to the committed version that do not serve it."""
+        served, failures = [], []
+        for index in range(len(self._coordinator.replicas)):
+            try:
+                self.ensure(index, head.version)
+                served.append(index)
+            except ServiceError as error:
+                failures.append(error)
+        if len(served) < self._coordinator.needed:
+            raise failures[0]
+        return PublishReport(
+            version=head.version,
+            digest=head.digest,
+            seconds=time.monotonic() - begin,
+            encode_s=0.0,
+            bytes=0,
+            dense_bytes=sum(shape.num_bytes for shape in self._schema.values()),
+            changed_fraction=0.0,
+            pause_s=0.0,
+            replicas=tuple(served),
+        )
+
+    def _encode(self, model: torch.nn.Module, version: int) -> _Pending:
+        """The version in the store, as a change of the shadow."""
+        begin = time.monotonic()
+        if self._pending is not None:
+            if self._pending.manifest.version == version:
+                return self._pending
+            self.store.discard(self._pending.manifest.manifest_hash)
+            self._pending = None
+        tensors = canonical_tensors(model)
+        if self._shadow is None:
+            schema, dtype = served_schema(tensors, self._served_schema_digest())
+            self._dtype = dtype
+            self._shadow = Shadow.of(schema, words_of(tensors, dtype))
+            # The first version is the weights as they are: an empty change of themselves.
+            self._base = (max(version - 1, 0), self._shadow.digest)
+        made = encode_shards(
+            self._shadow.schema, self._shadow, words_of(tensors, self._dtype), self.store.folder
+        )
+        manifest, file = self._merge(made, version, self._base)
+        self.store.put(manifest, file)
+        self._pending = _Pending(manifest, made.sums, time.monotonic() - begin)
+        return self._pending
+
+    def _merge(
+        self, made: EncodedShards, version: int, base: tuple[int, str]
+    ) -> tuple[weights_pb2.Manifest, Path]:
+        return merge(
+            self._schema,
+            [made],
+            self.store.folder,
+            run_id=self._run_id,
+            fence=self._fence,
+            version=version,
+            base=base,
+        )
+
+    def _advance(self, pending: _Pending) -> None:
+        """The version is committed: the shadow becomes it."""
+        manifest = pending.manifest
+        with self._lock:
+            assert self._shadow is not None
+            if encoded_bytes(manifest):
+                path = self.store.folder / f"{manifest.manifest_hash.hex()}.object"
+                self._shadow.advance(manifest, np.memmap(path, np.uint8, "r"), pending.sums)
+            self._base = (manifest.version, manifest.result_digest)
+            self._pending = None
+
+    def _make_anchor(self, digest: str) -> Stored | None:
+        """All weights of the shadow as a version of their own, if they have this digest."""
+        with self._lock:
+            if self._shadow is None or self._base[1] != digest:
+                return None
+            shards = self._shadow.shards
+            made = encode_shards(self._schema, None, shards.__getitem__, self.store.folder)
+            manifest, file = self._merge(made, self._base[0], (0, ""))
+            return self.store.put(manifest, file)
+
+    def _served_schema_digest(self) -> str:
+        """What the replicas serve, asked of all of them."""
+        replicas = self._coordinator.replicas
+        with ThreadPoolExecutor(len(replicas), "publish") as threads:
+            schemas = {
+                served.schema_digest
+                for served in threads.map(lambda replica: replica.get_weights(), replicas)
+            }
+        if len(schemas) > 1:
+            raise PreconditionFailed(
+                "the policy replicas serve models of different shapes or data types; "
+                "start them with the same model and dtype.",
+                reason="SCHEMA_MISMATCH",
+            )
+        return schemas.pop()
+
+    def _expected_canary(self) -> np.ndarray | None:
+        return None if self._canary is None else self._canary.log_probs(self._canary.ids)
+
+    def _check_canary(self, expected: np.ndarray | None, index: int, replica: Replica) -> None:
+        """The replica computes what the trainer computes, or the version is taken back."""
+        if expected is None or self._canary is None:
+            return
+        answer = replica.check_canary(self._canary.ids.astype("<i4").tobytes())
+        found = np.frombuffer(answer.log_probs, "<f4")
+        dtypes = {shape.dtype for shape in self._schema.values()} & CANARY_TOLERANCE.keys()
+        tolerance = max(CANARY_TOLERANCE[dtype] for dtype in dtypes)
+        gap = float(np.abs(found - expected).max())
+        if not gap <= tolerance:
+            raise InternalError(
+                f"policy replica {index} serves the right bits and computes other log-probs: the "
+                f"canary is {gap:.3g} nats off, and rounding makes at most {tolerance:g}; restart "
+                "the replica, and check its engine.",
+                reason="CANARY_MISMATCH",
+                metadata={"gap": f"{gap:.6g}"},
+            )
+
+
+def words_of(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> Callable[[str], Shard]:
+    """A tensor's bits in the served data type; a cast lasts while the tensor is looked at."""
+
+    return lambda name: Shard(tensor_words(_cast(tensors[name], dtype)))
+
+
+def served_schema(
+    tensors: Mapping[str, torch.Tensor], wanted: str
+) -> tuple[dict[str, TensorShape], torch.dtype | None]:
+    """Schema and data type of the trainer's tensors as the replicas serve them.
 
     Raises PreconditionFailed when no data type fits.
     """
@@ -109,7 +312,10 @@ def cast_to_schema(tensors: Mapping[str, torch.Tensor], wanted: str) -> dict[str
         # On the meta device a cast costs nothing, and the schema is names, shapes and types alone.
         cast = {name: _cast(tensor.to("meta"), dtype) for name, tensor in tensors.items()}
         if schema_digest(cast) == wanted:
-            return {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
+            return {
+                name: TensorShape(tuple(its.shape), DTYPE_NAMES[its.dtype])
+                for name, its in cast.items()
+            }, dtype
     raise PreconditionFailed(
         "the policy service's model has other tensors than the trainer's; serve the checkpoint "
         "that the trainer starts from.",
@@ -117,48 +323,22 @@ def cast_to_schema(tensors: Mapping[str, torch.Tensor], wanted: str) -> dict[str
     )
 
 
-def build_manifest(
-    tensors: Mapping[str, torch.Tensor], *, run_id: str, fence: int, version: int
-) -> weights_pb2.Manifest:
-    """Describe a full version of ``tensors``, sorted by name."""
-    entries = []
-    for name, tensor in tensors.items():
-        data = tensor_bytes(tensor)
-        entries.append(
-            weights_pb2.TensorEntry(
-                name=name,
-                shape=tensor.shape,
-                dtype=DTYPE_NAMES[tensor.dtype],
-                codec=weights_pb2.CODEC_FULL,
-                encoded_bytes=data.nbytes,
-                xxh3_128=xxhash.xxh3_128_digest(data.data),
-            )
-        )
-    return weights_pb2.Manifest(
-        run_id=run_id,
-        fence=fence,
-        version=version,
-        result_digest=combine_digests(
-            (entry.name, entry.dtype, tuple(entry.shape), entry.xxh3_128) for entry in entries
-        ),
-        schema_digest=schema_digest(tensors),
-        tensors=entries,
-    )
-
-
-def chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[weights_pb2.Chunk]:
-    """The bytes of ``tensors`` in the order of their manifest."""
-    for index, tensor in enumerate(tensors.values()):
-        data: np.ndarray = tensor_bytes(tensor)
-        for offset in range(0, len(data), CHUNK_BYTES):
-            part = data[offset : offset + CHUNK_BYTES].tobytes()
-            yield weights_pb2.Chunk(
-                tensor_index=index,
-                offset=offset,
-                xxh3_64=xxhash.xxh3_64_intdigest(part),
-                data=part,
-            )
-
-
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _settings(config: PublishConfig, num_replicas: int) -> FleetSettings:
+    if config.quorum is not None and config.quorum > num_replicas:
+        raise PreconditionFailed(
+            f"publish.quorum is {config.quorum}, and there are {num_replicas} policy replicas; "
+            "lower it or name more replicas.",
+            reason="QUORUM",
+        )
+    return FleetSettings(
+        quorum=config.quorum,
+        in_flight=IN_FLIGHT[config.in_flight],
+        prepare_timeout_s=config.prepare_timeout_s,
+        commit_timeout_s=config.commit_timeout_s,
+        flat_replicas=config.flat_replicas,
+        peer_fan_out=config.peer_fan_out,
+    )

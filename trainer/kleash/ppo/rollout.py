@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -118,6 +118,12 @@ class Collector:
     of that version, and get them again when it was restarted."""
     is_abandoned: Callable[[], bool] = lambda: False
     """Polled; once true, ``collect`` raises RolloutAbandonedError."""
+    _replicas: list[int] = field(default_factory=list)
+    """Policy replicas that are asked; empty means all."""
+
+    def use_replicas(self, replicas: Sequence[int]) -> None:
+        """From now on ask these policy replicas: those that serve the newest version."""
+        self._replicas[:] = replicas
 
     def collect(
         self, prompts: Sequence[PromptRecord], *, seed: int, weights_version: int
@@ -125,15 +131,14 @@ class Collector:
         """One response to each prompt, drawn with the weights of ``weights_version``."""
         start = time.monotonic()
         rows = _number_rows(prompts)
-        shares = _shares(rows, len(self.services.policies))
+        replicas = self._replicas or list(range(len(self.services.policies)))
+        shares = _shares(rows, len(replicas))
         drawing = ThreadPoolExecutor(len(shares), "generate")
         scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
-        task = _Task(self, seed, weights_version, scoring)
+        task = _Task(self, replicas, seed, weights_version, scoring)
         same_reference = scoring.submit(task.check_reference)
         try:
-            futures = [
-                drawing.submit(task.run, replica, share) for replica, share in enumerate(shares)
-            ]
+            futures = [drawing.submit(task.run, index, share) for index, share in enumerate(shares)]
             self._wait(futures)
             groups = [group for future in futures for group in future.result()]
             generated = time.monotonic()
@@ -168,8 +173,14 @@ class _Task:
     """One call of ``collect``, as its threads see it."""
 
     def __init__(
-        self, collector: Collector, seed: int, weights_version: int, pool: ThreadPoolExecutor
+        self,
+        collector: Collector,
+        replicas: Sequence[int],
+        seed: int,
+        weights_version: int,
+        pool: ThreadPoolExecutor,
     ) -> None:
+        self._replicas = replicas
         self.is_over = threading.Event()
         config = collector.config
         self._services = collector.services
@@ -187,11 +198,11 @@ class _Task:
             stop_token_ids=config.sampling.stop_token_ids,
         )
 
-    def run(self, replica: int, rows: Sequence[_Row]) -> list[_Group]:
-        """Generate one replica's share and hand each full group on."""
+    def run(self, index: int, rows: Sequence[_Row]) -> list[_Group]:
+        """Generate the share of a replica and hand each full group on."""
         groups: list[_Group] = []
         finished: list[_Finished] = []
-        with contextlib.closing(self._generate(replica, rows)) as arrivals:
+        with contextlib.closing(self._generate(index, rows)) as arrivals:
             for row, generated in arrivals:
                 finished.append((row, generated, _sequence(row, generated, self._weights_version)))
                 if len(finished) == self._config.services.group_size:
@@ -271,9 +282,14 @@ class _Task:
             return answers
 
     def _generate(
-        self, replica: int, rows: Sequence[_Row]
+        self, index: int, rows: Sequence[_Row]
     ) -> Generator[tuple[_Row, GeneratedSequence]]:
-        """Responses as they finish; after a failure those that are missing are asked for again."""
+        """Responses as they finish; after a failure those that are missing are asked for again.
+
+        The same replica is asked again, or with a quorum, which says that the run goes on without
+        some, the next one. The tokens are the same.
+        """
+        replica = self._replicas[index]
         missing = {(row.record.prompt_id, row.sample_index): row for row in rows}
         known = set(missing)
         patience = Patience(self._config.services.wait_s, self.is_over.is_set)
@@ -302,6 +318,9 @@ class _Task:
                 if isinstance(error, PreconditionFailed) and error.reason != "WEIGHTS_TOO_OLD":
                     raise
                 patience.wait_after(error)
+                if self._config.publish.quorum is not None:
+                    index = (index + 1) % len(self._replicas)
+                    replica = self._replicas[index]
                 continue
             if missing:
                 raise RolloutError(

@@ -2,6 +2,7 @@
 
 OUT/run.json        id of the run, and the fence: how often a trainer started on it
 OUT/config.json     the resolved configuration
+OUT/weights/        versions of the policy that were published, for replicas that fall behind
 OUT/metrics.jsonl   a line a step and a line an evaluation
 OUT/trainer.lock    held by the living trainer; the kernel lets go of it whatever way that ends
 """
@@ -40,6 +41,10 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         return self.path / "evaluations"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
 
     @property
     def policy(self) -> Path:

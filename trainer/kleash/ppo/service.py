@@ -36,7 +36,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
     async def start(self) -> None:
         """Nothing runs beside the handlers."""
 
-    def is_ready(self) -> bool:
+    def is_ready(self, full_name: str) -> bool:
         return True
 
     def heartbeat_age_s(self) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -26,7 +26,7 @@ from kleash.ppo.patience import Patience
 from kleash.reference.v1 import reference_pb2
 from kleash.reward.v1 import reward_pb2
 from kleash.rpc.errors import ServiceError, Unavailable
-from kleash.weights.v1 import weights_pb2
+from kleash.weights.coordinator import Replica
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +46,6 @@ class Policy(Protocol):
         min_weights_version: int = 0,
         tokenizer_sha256: str = "",
     ) -> Generator[GeneratedSequence, None, None]: ...
-
-
-class Weights(Protocol):
-    """WeightsClient or LocalWeights."""
-
-    def get_weights(self) -> weights_pb2.GetWeightsResponse: ...
-
-    def publish(
-        self, manifest: weights_pb2.Manifest, chunks: Iterable[weights_pb2.Chunk]
-    ) -> weights_pb2.PublishResponse: ...
 
 
 class Reward(Protocol):
@@ -93,7 +83,7 @@ class Services:
     """Everything outside of the trainer. ``policies[i]`` and ``weights[i]`` are one replica."""
 
     policies: Sequence[Policy]
-    weights: Sequence[Weights]
+    weights: Sequence[Replica]
     reward: Reward
     reference: Reference
 
@@ -107,7 +97,10 @@ def connect(config: ServicesConfig) -> Iterator[Services]:
     with contextlib.ExitStack() as stack:
         policies = [
             stack.enter_context(
-                contextlib.closing(PolicyClient(address, timeout_s=config.generate_timeout_s))
+                contextlib.closing(
+                    # One replica, which answers GetPolicy before it has the weights of the run.
+                    PolicyClient(address, timeout_s=config.generate_timeout_s, checks_health=False)
+                )
             )
             for address in config.policy
         ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,15 +30,29 @@ from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
 from kleash.ppo.evaluation import Evaluator, load_judge
 from kleash.ppo.learner import Learner
 from kleash.ppo.patience import Patience
-from kleash.ppo.publish import Publisher, PublishReport
+from kleash.ppo.publish import Canary, Publisher, PublishReport
 from kleash.ppo.randomness import draw
 from kleash.ppo.rollout import Collector
 from kleash.ppo.run_folder import RunFolder, open_run_folder
 from kleash.ppo.services import Services, shake_hands
 from kleash.ppo.telemetry import export
-from kleash.rpc.errors import Overloaded, Unavailable
+from kleash.rpc.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Overloaded,
+    PreconditionFailed,
+    Unavailable,
+)
+from kleash.rpc.server import BackgroundServer
+from kleash.weights.store import Store
+from kleash.weights.store_service import StoreService
 
 logger = logging.getLogger(__name__)
+
+RETRIED = (Unavailable, Overloaded, DeadlineExceeded, Cancelled, PreconditionFailed)
+RETRIED_REASONS = ("DIGEST_MISMATCH", "WRONG_BASE", "NOT_STAGED")
+"""Failures of a publish that another attempt may cure: a replica that was restarted in between, or
+bytes that were damaged on their way."""
 
 
 @dataclass(eq=False)
@@ -78,8 +92,12 @@ class Session:
         patience = Patience(self.config.services.wait_s, self.control.is_abandoned)
         while True:
             try:
-                return self.publisher.publish(self.learner.policy, version)
-            except (Unavailable, Overloaded) as error:
+                report = self.publisher.publish(self.learner.policy, version)
+                self.collector.use_replicas(report.replicas)
+                return report
+            except RETRIED as error:
+                if isinstance(error, PreconditionFailed) and error.reason not in RETRIED_REASONS:
+                    raise
                 if self.control.is_abandoned():
                     # The next start publishes in any case; the step is worth keeping.
                     logger.warning("version %d was not published: %s", version, error)
@@ -163,13 +181,22 @@ def open_session(config: PPOConfig, services: Services, control: Control) -> Ite
 
     Raises UserError, with nothing written, when something does not fit.
     """
-    with open_run_folder(config.out, resume=config.resume) as folder:
-        session = _prepare(config, services, control, folder)
+    with (
+        open_run_folder(config.out, resume=config.resume) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        session = _prepare(config, services, control, folder, stack)
         _introduce(session)
         yield session
 
 
-def _prepare(config: PPOConfig, services: Services, control: Control, folder: RunFolder) -> Session:
+def _prepare(
+    config: PPOConfig,
+    services: Services,
+    control: Control,
+    folder: RunFolder,
+    stack: contextlib.ExitStack,
+) -> Session:
     tokenizer = load_tokenizer(
         config.model, pad_token=config.pad_token, chat_template=config.chat_template
     )
@@ -195,6 +222,9 @@ def _prepare(config: PPOConfig, services: Services, control: Control, folder: Ru
     learner = _learner(config, policy, pretraining or (), saved, digests)
     _go_back(folder, saved)
     folder.begin(config, max(hands.fence, saved.fence if saved else 0))
+    canary_ids = prompts[0].ids[: config.publish.canary_tokens]
+    canary = Canary(canary_ids, learner.canary_log_probs) if len(canary_ids) > 1 else None
+    publisher = _publisher(config, services, folder, canary, stack)
     return Session(
         config=config,
         services=services,
@@ -203,14 +233,14 @@ def _prepare(config: PPOConfig, services: Services, control: Control, folder: Ru
         tokenizer=tokenizer,
         prompts=prompts,
         learner=learner,
-        publisher=Publisher(services.weights, folder.run_id, folder.fence),
+        publisher=publisher,
         collector=Collector(
             services,
             config,
             tokenizer_sha256=digest,
             reward_revision=hands.reward_revision,
             reference_revision=hands.reference_revision,
-            ensure_weights=_ensure_weights(services, folder, learner),
+            ensure_weights=publisher.ensure,
             is_abandoned=control.is_abandoned,
         ),
         evaluator=evaluator,
@@ -310,26 +340,31 @@ def _go_back(folder: RunFolder, saved: Checkpoint | None) -> None:
     folder.cut_back(saved.position.step if saved else -1)
 
 
-def _ensure_weights(
-    services: Services, folder: RunFolder, learner: Learner
-) -> Callable[[int, int], None]:
-    """A function that gives one replica the trainer's weights, unless it has them.
-
-    Raises PermissionDenied when another trainer has taken the replica over.
-    """
-
-    def ensure(replica: int, version: int) -> None:
-        weights = services.weights[replica]
-        served = weights.get_weights()
-        if (served.run_id, served.fence, served.version) != (folder.run_id, folder.fence, version):
-            logger.warning(
-                "policy replica %d lost its weights; publishing version %d to it again",
-                replica,
-                version,
-            )
-            Publisher([weights], folder.run_id, folder.fence).publish(learner.policy, version)
-
-    return ensure
+def _publisher(
+    config: PPOConfig,
+    services: Services,
+    folder: RunFolder,
+    canary: Canary | None,
+    stack: contextlib.ExitStack,
+) -> Publisher:
+    """The publisher, and the server of its store when a replica lives in another process."""
+    settings = config.publish
+    store = Store(folder.weights, keep_versions=settings.keep_versions)
+    stack.callback(store.close)
+    address = settings.address or ""
+    if any(replica.address for replica in services.weights):
+        server = stack.enter_context(BackgroundServer([StoreService(store)], settings.server))
+        address = address or server.address
+        logger.info("weights store at %s", server.address)
+    return Publisher(
+        services.weights,
+        store,
+        run_id=folder.run_id,
+        fence=folder.fence,
+        config=settings,
+        store_address=address,
+        canary=canary,
+    )
 
 
 def _introduce(session: Session) -> None:

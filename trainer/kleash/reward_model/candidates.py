@@ -195,7 +195,7 @@ def _requests(config: CandidatesConfig, prompt: PromptRecord, eos_id: int) -> li
 def _generate(
     model: Any, requests: list[DecodeRequest], config: CandidatesConfig, progress: Progress
 ) -> list[Decoded]:
-    from kleash.lm.decode import generate
+    from kleash.lm.generate import generate
 
     decoded: list[Decoded] = []
     size = ROUNDS * config.max_slots

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kleash.common.v1 import common_pb2 as kleash_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkleash/policy/v1/policy.proto\x12\x10kleash.policy.v1\x1a\x1dkleash/common/v1/common.proto\"x\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12*\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.kleash.common.v1.TokenIds\x12\x13\n\x0bnum_samples\x18\x03 \x01(\r\x12\x1a\n\x12\x66irst_sample_index\x18\x04 \x01(\r\"\xa5\x01\n\x0eSamplingParams\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"\xa7\x01\n\x0fGenerateRequest\x12)\n\x07prompts\x18\x01 \x03(\x0b\x32\x18.kleash.policy.v1.Prompt\x12\x32\n\x08sampling\x18\x02 \x01(\x0b\x32 .kleash.policy.v1.SamplingParams\x12\x1b\n\x13min_weights_version\x18\x03 \x01(\x04\x12\x18\n\x10tokenizer_sha256\x18\x04 \x01(\t\"B\n\x0bVersionSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x17\n\x0fweights_version\x18\x03 \x01(\x04\"\x87\x02\n\x11GeneratedSequence\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.kleash.common.v1.TokenIds\x12\x30\n\tlog_probs\x18\x04 \x01(\x0b\x32\x1d.kleash.common.v1.TokenFloats\x12\x35\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1e.kleash.policy.v1.FinishReason\x12\x34\n\rversion_spans\x18\x06 \x03(\x0b\x32\x1d.kleash.policy.v1.VersionSpan\"J\n\x10GenerateResponse\x12\x36\n\tsequences\x18\x01 \x03(\x0b\x32#.kleash.policy.v1.GeneratedSequence\"\x12\n\x10GetPolicyRequest\"\x96\x02\n\x11GetPolicyResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.kleash.common.v1.ServedModel\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x18\n\x10tokenizer_sha256\x18\x03 \x01(\t\x12\x1c\n\x14\x63hat_template_sha256\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12(\n\x06limits\x18\x07 \x01(\x0b\x32\x18.kleash.common.v1.Limits\x12\x1d\n\x15max_running_sequences\x18\x08 \x01(\r\x12\x16\n\x0eserver_version\x18\t \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xbf\x01\n\rPolicyService\x12S\n\x08Generate\x12!.kleash.policy.v1.GenerateRequest\x1a\".kleash.policy.v1.GenerateResponse0\x01\x12Y\n\tGetPolicy\x12\".kleash.policy.v1.GetPolicyRequest\x1a#.kleash.policy.v1.GetPolicyResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkleash/policy/v1/policy.proto\x12\x10kleash.policy.v1\x1a\x1dkleash/common/v1/common.proto\"x\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12*\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.kleash.common.v1.TokenIds\x12\x13\n\x0bnum_samples\x18\x03 \x01(\r\x12\x1a\n\x12\x66irst_sample_index\x18\x04 \x01(\r\"\xa5\x01\n\x0eSamplingParams\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"\xc9\x01\n\x0fGenerateRequest\x12)\n\x07prompts\x18\x01 \x03(\x0b\x32\x18.kleash.policy.v1.Prompt\x12\x32\n\x08sampling\x18\x02 \x01(\x0b\x32 .kleash.policy.v1.SamplingParams\x12\x1b\n\x13min_weights_version\x18\x03 \x01(\x04\x12\x18\n\x10tokenizer_sha256\x18\x04 \x01(\t\x12\x14\n\x07max_lag\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\n\n\x08_max_lag\"B\n\x0bVersionSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x17\n\x0fweights_version\x18\x03 \x01(\x04\"\x87\x02\n\x11GeneratedSequence\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.kleash.common.v1.TokenIds\x12\x30\n\tlog_probs\x18\x04 \x01(\x0b\x32\x1d.kleash.common.v1.TokenFloats\x12\x35\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1e.kleash.policy.v1.FinishReason\x12\x34\n\rversion_spans\x18\x06 \x03(\x0b\x32\x1d.kleash.policy.v1.VersionSpan\"J\n\x10GenerateResponse\x12\x36\n\tsequences\x18\x01 \x03(\x0b\x32#.kleash.policy.v1.GeneratedSequence\"\x12\n\x10GetPolicyRequest\"\x96\x02\n\x11GetPolicyResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.kleash.common.v1.ServedModel\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x18\n\x10tokenizer_sha256\x18\x03 \x01(\t\x12\x1c\n\x14\x63hat_template_sha256\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12(\n\x06limits\x18\x07 \x01(\x0b\x32\x18.kleash.common.v1.Limits\x12\x1d\n\x15max_running_sequences\x18\x08 \x01(\r\x12\x16\n\x0eserver_version\x18\t \x01(\t*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xbf\x01\n\rPolicyService\x12S\n\x08Generate\x12!.kleash.policy.v1.GenerateRequest\x1a\".kleash.policy.v1.GenerateResponse0\x01\x12Y\n\tGetPolicy\x12\".kleash.policy.v1.GetPolicyRequest\x1a#.kleash.policy.v1.GetPolicyResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,24 +34,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_POLICYSERVICE'].methods_by_name['GetPolicy']._loaded_options = None
   _globals['_POLICYSERVICE'].methods_by_name['GetPolicy']._serialized_options = b'\220\002\001'
-  _globals['_FINISHREASON']._serialized_start=1253
-  _globals['_FINISHREASON']._serialized_end=1348
+  _globals['_FINISHREASON']._serialized_start=1287
+  _globals['_FINISHREASON']._serialized_end=1409
   _globals['_PROMPT']._serialized_start=82
   _globals['_PROMPT']._serialized_end=202
   _globals['_SAMPLINGPARAMS']._serialized_start=205
   _globals['_SAMPLINGPARAMS']._serialized_end=370
   _globals['_GENERATEREQUEST']._serialized_start=373
-  _globals['_GENERATEREQUEST']._serialized_end=540
-  _globals['_VERSIONSPAN']._serialized_start=542
-  _globals['_VERSIONSPAN']._serialized_end=608
-  _globals['_GENERATEDSEQUENCE']._serialized_start=611
-  _globals['_GENERATEDSEQUENCE']._serialized_end=874
-  _globals['_GENERATERESPONSE']._serialized_start=876
-  _globals['_GENERATERESPONSE']._serialized_end=950
-  _globals['_GETPOLICYREQUEST']._serialized_start=952
-  _globals['_GETPOLICYREQUEST']._serialized_end=970
-  _globals['_GETPOLICYRESPONSE']._serialized_start=973
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1251
-  _globals['_POLICYSERVICE']._serialized_start=1351
-  _globals['_POLICYSERVICE']._serialized_end=1542
+  _globals['_GENERATEREQUEST']._serialized_end=574
+  _globals['_VERSIONSPAN']._serialized_start=576
+  _globals['_VERSIONSPAN']._serialized_end=642
+  _globals['_GENERATEDSEQUENCE']._serialized_start=645
+  _globals['_GENERATEDSEQUENCE']._serialized_end=908
+  _globals['_GENERATERESPONSE']._serialized_start=910
+  _globals['_GENERATERESPONSE']._serialized_end=984
+  _globals['_GETPOLICYREQUEST']._serialized_start=986
+  _globals['_GETPOLICYREQUEST']._serialized_end=1004
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1007
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1285
+  _globals['_POLICYSERVICE']._serialized_start=1412
+  _globals['_POLICYSERVICE']._serialized_end=1603
 # @@protoc_insertion_point(module_scope)

@@ -25,8 +25,9 @@ if _version_not_supported:
     )
 
 
-class WeightsServiceStub(object):
-    """WeightsService is hosted by every policy replica.
+class WeightsStoreServiceStub(object):
+    """WeightsStoreService hands out versions. The publisher beside the trainer hosts
+    it; every replica hosts it too and serves to its peers what it has fetched.
     """
 
     def __init__(self, channel):
@@ -35,26 +36,327 @@ class WeightsServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Publish = channel.stream_unary(
-                '/kleash.weights.v1.WeightsService/Publish',
-                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PublishRequest.SerializeToString,
-                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PublishResponse.FromString,
+        self.GetHead = channel.unary_unary(
+                '/kleash.weights.v1.WeightsStoreService/GetHead',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetHeadRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetHeadResponse.FromString,
+                _registered_method=True)
+        self.PlanUpdate = channel.unary_unary(
+                '/kleash.weights.v1.WeightsStoreService/PlanUpdate',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PlanUpdateRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PlanUpdateResponse.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/kleash.weights.v1.WeightsStoreService/Fetch',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.FetchRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.FetchResponse.FromString,
+                _registered_method=True)
+        self.WatchHead = channel.unary_stream(
+                '/kleash.weights.v1.WeightsStoreService/WatchHead',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.WatchHeadRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.WatchHeadResponse.FromString,
+                _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/kleash.weights.v1.WeightsStoreService/ListVersions',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
+
+
+class WeightsStoreServiceServicer(object):
+    """WeightsStoreService hands out versions. The publisher beside the trainer hosts
+    it; every replica hosts it too and serves to its peers what it has fetched.
+    """
+
+    def GetHead(self, request, context):
+        """GetHead names the newest committed version, the one that a replica must serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanUpdate(self, request, context):
+        """PlanUpdate finds the cheapest way from the caller's weights to a version: a
+        chain of deltas, one squashed delta, or an anchor and what follows it. A
+        replica does not plan: FAILED_PRECONDITION (reason NOT_A_PUBLISHER).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """Fetch streams an object from a byte offset on, so that a torn stream is
+        resumed. An object that is still arriving here is passed on as it arrives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchHead(self, request, context):
+        """WatchHead sends the newest committed version now and whenever it changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVersions(self, request, context):
+        """ListVersions describes the versions in the store, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WeightsStoreServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetHead': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHead,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetHeadRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetHeadResponse.SerializeToString,
+            ),
+            'PlanUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanUpdate,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PlanUpdateRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PlanUpdateResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.FetchRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.FetchResponse.SerializeToString,
+            ),
+            'WatchHead': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchHead,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.WatchHeadRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.WatchHeadResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.ListVersionsRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.ListVersionsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kleash.weights.v1.WeightsStoreService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kleash.weights.v1.WeightsStoreService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class WeightsStoreService(object):
+    """WeightsStoreService hands out versions. The publisher beside the trainer hosts
+    it; every replica hosts it too and serves to its peers what it has fetched.
+    """
+
+    @staticmethod
+    def GetHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsStoreService/GetHead',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.GetHeadRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.GetHeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsStoreService/PlanUpdate',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.PlanUpdateRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.PlanUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsStoreService/Fetch',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.FetchRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsStoreService/WatchHead',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.WatchHeadRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.WatchHeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsStoreService/ListVersions',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.ListVersionsRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class WeightsServiceStub(object):
+    """WeightsService is hosted by every policy replica. Every call names a version by
+    its key and may be repeated without harm.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Prepare = channel.unary_stream(
+                '/kleash.weights.v1.WeightsService/Prepare',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PrepareResponse.FromString,
+                _registered_method=True)
+        self.Commit = channel.unary_unary(
+                '/kleash.weights.v1.WeightsService/Commit',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CommitRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CommitResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/kleash.weights.v1.WeightsService/Abort',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.AbortRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/kleash.weights.v1.WeightsService/Rollback',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.RollbackResponse.FromString,
                 _registered_method=True)
         self.GetWeights = channel.unary_unary(
                 '/kleash.weights.v1.WeightsService/GetWeights',
                 request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
                 response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
                 _registered_method=True)
+        self.CheckCanary = channel.unary_unary(
+                '/kleash.weights.v1.WeightsService/CheckCanary',
+                request_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CheckCanaryRequest.SerializeToString,
+                response_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CheckCanaryResponse.FromString,
+                _registered_method=True)
 
 
 class WeightsServiceServicer(object):
-    """WeightsService is hosted by every policy replica.
+    """WeightsService is hosted by every policy replica. Every call names a version by
+    its key and may be repeated without harm.
     """
 
-    def Publish(self, request_iterator, context):
-        """Publish stages a version (manifest first, then chunks), verifies every
-        checksum and the whole-model digest, and applies it between two decode
-        steps: all of it or nothing. Repeating a committed publish is harmless.
+    def Prepare(self, request, context):
+        """Prepare fetches a version, checks all of it and computes the digest that it
+        will give, while the old weights serve. The stream ends with state STAGED, or
+        with state SERVING when the version is served already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Commit(self, request, context):
+        """Commit puts a staged version in place between two decode steps. A digest that
+        is not the promised one is undone in place: the old version goes on serving.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Abort forgets a staged version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Rollback goes back to the version before the served one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -67,18 +369,46 @@ class WeightsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckCanary(self, request, context):
+        """CheckCanary computes log-probabilities of a fixed sequence with the served
+        weights, for comparison with the trainer's own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Publish': grpc.stream_unary_rpc_method_handler(
-                    servicer.Publish,
-                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PublishRequest.FromString,
-                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PublishResponse.SerializeToString,
+            'Prepare': grpc.unary_stream_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PrepareRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.PrepareResponse.SerializeToString,
+            ),
+            'Commit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Commit,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CommitRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CommitResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.AbortRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.AbortResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.RollbackRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.RollbackResponse.SerializeToString,
             ),
             'GetWeights': grpc.unary_unary_rpc_method_handler(
                     servicer.GetWeights,
                     request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetWeightsRequest.FromString,
                     response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.GetWeightsResponse.SerializeToString,
+            ),
+            'CheckCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckCanary,
+                    request_deserializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CheckCanaryRequest.FromString,
+                    response_serializer=kleash_dot_weights_dot_v1_dot_weights__pb2.CheckCanaryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,11 +419,12 @@ def add_WeightsServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WeightsService(object):
-    """WeightsService is hosted by every policy replica.
+    """WeightsService is hosted by every policy replica. Every call names a version by
+    its key and may be repeated without harm.
     """
 
     @staticmethod
-    def Publish(request_iterator,
+    def Prepare(request,
             target,
             options=(),
             channel_credentials=None,
@@ -103,12 +434,93 @@ class WeightsService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
-            request_iterator,
+        return grpc.experimental.unary_stream(
+            request,
             target,
-            '/kleash.weights.v1.WeightsService/Publish',
-            kleash_dot_weights_dot_v1_dot_weights__pb2.PublishRequest.SerializeToString,
-            kleash_dot_weights_dot_v1_dot_weights__pb2.PublishResponse.FromString,
+            '/kleash.weights.v1.WeightsService/Prepare',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.PrepareRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.PrepareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Commit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsService/Commit',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.CommitRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.CommitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsService/Abort',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.AbortRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsService/Rollback',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.RollbackRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.RollbackResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -136,6 +548,33 @@ class WeightsService(object):
             '/kleash.weights.v1.WeightsService/GetWeights',
             kleash_dot_weights_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
             kleash_dot_weights_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.weights.v1.WeightsService/CheckCanary',
+            kleash_dot_weights_dot_v1_dot_weights__pb2.CheckCanaryRequest.SerializeToString,
+            kleash_dot_weights_dot_v1_dot_weights__pb2.CheckCanaryResponse.FromString,
             options,
             channel_credentials,
             insecure,

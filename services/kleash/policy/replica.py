@@ -1,0 +1,439 @@
+"""A replica's weights: which version it serves, and how it comes to serve another.
+
+                 Prepare: fetch, check, predict the digest, save what will be overwritten
+      SERVING ──────────────────► PREPARING ──────────────────► STAGED
+        ▲  ▲                          │ any failure               │ Commit, between two steps
+        │  └──────────────────────────┴───────── Abort ◄──────────┤
+        │  digest as promised: the new version, else the old one  ▼
+        └──────────────────────────────────────────────────── COMMITTING
+                                                                  │ old weights cannot be restored
+        an anchor is applied ◄──────────────────────────────── QUARANTINED: refuses to generate
+
+Old weights serve until the commit, and after every failure. Calls name a version by its key and may
+be repeated. A greater fence takes the place of whatever an older trainer has under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from kleash.base import metrics
+from kleash.policy.commits import Committed, InFlight
+from kleash.policy.decode_loop import DecodeLoop
+from kleash.policy.live import LiveWeights, UndoFailedError
+from kleash.policy.staging import OnProgress, Staged, stage
+from kleash.rpc.errors import (
+    Cancelled,
+    InternalError,
+    Overloaded,
+    PermissionDenied,
+    PreconditionFailed,
+    ServiceError,
+)
+from kleash.weights.fetch import Source
+from kleash.weights.manifest import describe_key
+from kleash.weights.spool import Spool
+from kleash.weights.v1 import weights_pb2
+
+logger = logging.getLogger(__name__)
+
+BUSY_RETRY_S = 1.0
+
+SERVING = weights_pb2.REPLICA_STATE_SERVING
+PREPARING = weights_pb2.REPLICA_STATE_PREPARING
+STAGED = weights_pb2.REPLICA_STATE_STAGED
+COMMITTING = weights_pb2.REPLICA_STATE_COMMITTING
+QUARANTINED = weights_pb2.REPLICA_STATE_QUARANTINED
+
+
+@dataclass(eq=False)
+class _Preparation:
+    """A version on its way in."""
+
+    key: weights_pb2.VersionKey
+    is_cancelled: threading.Event = field(default_factory=threading.Event)
+    outcome: Future[Staged] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """The version before the served one."""
+
+    key: weights_pb2.VersionKey | None
+    digest: str
+    staged: Staged
+
+
+class WeightsReplica:
+    """Guards one model's weights. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        model: Any,
+        loop: DecodeLoop,
+        spool: Spool,
+        *,
+        on_served: Callable[[str, str], None],
+        awaits_publisher: bool = False,
+    ) -> None:
+        """Args:
+        on_served: called with the old and the new digest after a version was put in place.
+        awaits_publisher: not ready before a publisher said which version to serve.
+        """
+        self._on_served = on_served
+        self._loop = loop
+        self._live = LiveWeights(model)
+        self.spool = spool
+        self._lock = threading.Lock()
+        self._key: weights_pb2.VersionKey | None = None
+        self._digest = self._live.digest
+        self._fence = 0
+        self._required = (0, 0)
+        self._awaits_publisher = awaits_publisher
+        self._is_committing = False
+        self._is_quarantined = False
+        self._preparation: _Preparation | None = None
+        self._staged: Staged | None = None
+        self._before: _Before | None = None
+
+    # ------------------------------------------------------------------------------------- state
+
+    def get_weights(self) -> weights_pb2.GetWeightsResponse:
+        """What is served now."""
+        with self._lock:
+            key = self._key
+            return weights_pb2.GetWeightsResponse(
+                run_id=key.run_id if key else "",
+                fence=self._fence,
+                version=key.version if key else 0,
+                digest=self._digest,
+                schema_digest=self._live.schema_digest,
+                state=self._state(),
+                required_version=self._required[1],
+                served=key,
+            )
+
+    def audit(self) -> None:
+        """Compute the digest of all weights again. Raises InternalError when it is another."""
+        found = self._loop.run(self._live.audit).result()
+        if found != self._digest:
+            raise InternalError(
+                f"the weights in memory have digest {found}, and {self._digest} is served; "
+                "restart this replica.",
+                reason="DIGEST_MISMATCH",
+            )
+
+    def is_ready(self) -> bool:
+        """Whether the weights are those that the publisher requires, or newer ones."""
+        with self._lock:
+            served = (self._key.fence, self._key.version) if self._key else (0, 0)
+            is_known = not self._awaits_publisher
+            return is_known and not self._is_quarantined and served >= self._required
+
+    def serves(self, key: weights_pb2.VersionKey) -> bool:
+        """Whether exactly this version is served."""
+        with self._lock:
+            return self._serves(key)
+
+    def require(self, key: weights_pb2.VersionKey | None) -> None:
+        """A publisher names the version that a replica must serve; None before its first one."""
+        with self._lock:
+            if key is None:
+                return
+            self._awaits_publisher = False
+            if key.fence >= self._fence:
+                self._required = (key.fence, key.version)
+
+    # ----------------------------------------------------------------------------------- prepare
+
+    def prepare(
+        self,
+        request: weights_pb2.PrepareRequest,
+        sources: Sequence[Source],
+        on_progress: OnProgress = lambda _done, _total: None,
+    ) -> weights_pb2.PrepareResponse:
+        """Fetch and check a version while the old one serves. Blocks.
+
+        Raises PermissionDenied (STALE_FENCE), PreconditionFailed (VERSION_CONFLICT,
+        VERSION_NOT_NEWER, SCHEMA_MISMATCH, DIGEST_MISMATCH, NON_FINITE), Overloaded (SPOOL_FULL,
+        PUBLISH_IN_PROGRESS), Unavailable when no source has the bytes, Cancelled when a newer
+        preparation took its place.
+        """
+        key = request.key
+        with self._lock:
+            self._take_fence(key)
+            if request.required_version:
+                self._required = (key.fence, request.required_version)
+            if self._serves(key):
+                return weights_pb2.PrepareResponse(state=SERVING)
+            self._check_order(key)
+            if self._staged is not None and self._staged.key == key:
+                return _is_staged(self._staged)
+            running = self._preparation
+            is_first = running is None or running.key != key
+            if is_first:
+                self._give_way(key)
+                running = self._preparation = _Preparation(key)
+        assert running is not None
+        if is_first:
+            self._run(running, request, sources, on_progress)
+        return _is_staged(running.outcome.result())
+
+    def _run(
+        self,
+        preparation: _Preparation,
+        request: weights_pb2.PrepareRequest,
+        sources: Sequence[Source],
+        on_progress: OnProgress,
+    ) -> None:
+        try:
+            staged = stage(
+                self._live,
+                self.spool,
+                request,
+                sources,
+                have="" if self._is_quarantined else self._digest,
+                on_progress=on_progress,
+                is_cancelled=preparation.is_cancelled.is_set,
+            )
+            with self._lock:
+                if preparation.is_cancelled.is_set():
+                    raise _superseded(preparation.key)
+                self._staged, self._preparation = staged, None
+        except BaseException as error:
+            with self._lock:
+                if self._preparation is preparation:
+                    self._preparation = None
+            metrics.WEIGHTS_UPDATE_FAILURES.inc()
+            preparation.outcome.set_exception(error)
+        else:
+            preparation.outcome.set_result(staged)
+
+    # ------------------------------------------------------------------------------------ commit
+
+    def begin_commit(
+        self, key: weights_pb2.VersionKey, mode: InFlight = "keep", timeout_s: float | None = None
+    ) -> Future[Committed[None]] | None:
+        """Have a staged version put in place; None when it is served already.
+
+        The future raises PreconditionFailed (DIGEST_MISMATCH) when the version was undone,
+        DeadlineExceeded when a drain took too long. Raises PreconditionFailed (NOT_STAGED).
+        """
+        with self._lock:
+            self._take_fence(key)
+            if self._serves(key):
+                return None
+            staged = self._staged
+            if staged is None or staged.key != key:
+                raise PreconditionFailed(
+                    f"{describe_key(key)} is not staged here; prepare it first.",
+                    reason="NOT_STAGED",
+                )
+            if staged.commit is None or staged.commit.done():
+                staged.commit = self._loop.commit(
+                    partial(self._apply, staged), mode, timeout_s=timeout_s
+                )
+            return staged.commit
+
+    def commit_response(
+        self, key: weights_pb2.VersionKey, committed: Committed[None] | None
+    ) -> weights_pb2.CommitResponse:
+        """What a caller is told of a commit; ``committed`` is None when nothing was applied."""
+        before = self._before
+        is_fresh = committed is not None and before is not None
+        return weights_pb2.CommitResponse(
+            version=key.version,
+            digest=self._digest,
+            already_committed=committed is None,
+            pause_ns=committed.pause_ns if committed else 0,
+            fetched_bytes=before.staged.fetched_bytes if is_fresh and before else 0,
+        )
+
+    def _apply(self, staged: Staged) -> None:
+        """In the decoding thread: the whole version or nothing."""
+        with self._lock:
+            if self._staged is not staged:
+                raise _superseded(staged.key)
+            self._is_committing = True
+        try:
+            self._live.apply(staged.steps, staged.saved, staged.key.digest)
+        except UndoFailedError as error:
+            self._quarantine(error)
+        except ServiceError:
+            self._forget(staged)
+            metrics.WEIGHTS_UPDATE_FAILURES.inc()
+            raise
+        finally:
+            self._is_committing = False
+        is_anchor = bool(staged.steps) and not staged.steps[0].manifest.base_digest
+        with self._lock:
+            old, self._before = self._before, _Before(self._key, self._digest, staged)
+            old_digest = self._digest
+            self._key, self._digest, self._staged = staged.key, staged.key.digest, None
+            self._is_quarantined = self._is_quarantined and not is_anchor
+        if old is not None:
+            old.staged.close_saved()
+        self.spool.keep_only({step.manifest.manifest_hash for step in staged.steps})
+        self._show(old_digest)
+        metrics.WEIGHTS_UPDATE_BYTES.inc(staged.fetched_bytes)
+        metrics.WEIGHTS_UPDATE_SECONDS.observe(time.monotonic() - staged.began)
+
+    def abort(self, key: weights_pb2.VersionKey) -> weights_pb2.AbortResponse:
+        """Forget a version that is on its way in or staged; one that is served stays."""
+        with self._lock:
+            self._take_fence(key)
+            if self._preparation is not None and self._preparation.key == key:
+                self._preparation.is_cancelled.set()
+            staged = self._staged if self._staged and self._staged.key == key else None
+        if staged is not None and (staged.commit is None or staged.commit.cancel()):
+            self._forget(staged)
+        return weights_pb2.AbortResponse(version=self.get_weights().version)
+
+    def begin_rollback(self, key: weights_pb2.VersionKey) -> Future[Committed[None]]:
+        """Have the served version, which must be ``key``, taken back.
+
+        Raises PreconditionFailed: NOT_SERVED, or NO_VERSION_BEFORE.
+        """
+        with self._lock:
+            self._take_fence(key)
+            self._check_rollback(key)
+        return self._loop.commit(partial(self._take_back, key), "keep")
+
+    def _check_rollback(self, key: weights_pb2.VersionKey) -> _Before:
+        if not self._serves(key):
+            raise PreconditionFailed(
+                f"{describe_key(key)} is not the served one, which is "
+                f"{self._key.version if self._key else 0}; there is nothing to take back.",
+                reason="NOT_SERVED",
+            )
+        if self._before is None:
+            raise PreconditionFailed(
+                f"the version before {key.version} is not kept here any more; only one is.",
+                reason="NO_VERSION_BEFORE",
+            )
+        return self._before
+
+    def _take_back(self, key: weights_pb2.VersionKey) -> None:
+        """In the decoding thread."""
+        with self._lock:
+            before = self._check_rollback(key)
+        try:
+            self._live.undo(before.staged.steps, before.staged.saved, before.digest)
+        except UndoFailedError as error:
+            self._quarantine(error)
+        with self._lock:
+            old_digest = self._digest
+            self._key, self._digest, self._before = before.key, before.digest, None
+        before.staged.close_saved()
+        self._show(old_digest)
+
+    # ------------------------------------------------------------------------------------- helpers
+
+    def _state(self) -> weights_pb2.ReplicaState:
+        if self._is_quarantined:
+            return QUARANTINED
+        if self._is_committing:
+            return COMMITTING
+        if self._staged is not None:
+            return STAGED
+        return SERVING if self._preparation is None else PREPARING
+
+    def _serves(self, key: weights_pb2.VersionKey) -> bool:
+        return self._key == key and not self._is_quarantined
+
+    def _take_fence(self, key: weights_pb2.VersionKey) -> None:
+        if key.fence < self._fence:
+            raise PermissionDenied(
+                f"fence {key.fence} of run '{key.run_id}' is lower than {self._fence}, which this "
+                "replica has seen: another trainer has taken over; stop this one.",
+                reason="STALE_FENCE",
+                metadata={"fence": str(key.fence), "seen": str(self._fence)},
+            )
+        self._fence = key.fence
+
+    def _check_order(self, key: weights_pb2.VersionKey) -> None:
+        """A version of the same trainer must be newer than the served one."""
+        served = self._key
+        if served is None or key.fence > served.fence or self._is_quarantined:
+            return
+        seen = {"version": str(key.version), "served": str(served.version)}
+        if key.version == served.version:
+            raise PreconditionFailed(
+                f"version {key.version} is served already with digest {served.digest} of run "
+                f"'{served.run_id}' and not {key.digest}; publish a new version.",
+                reason="VERSION_CONFLICT",
+                metadata=seen,
+            )
+        if key.version < served.version:
+            raise PreconditionFailed(
+                f"version {key.version} is older than {served.version}, which is served; "
+                "publish a newer version or take a greater fence.",
+                reason="VERSION_NOT_NEWER",
+                metadata=seen,
+            )
+
+    def _give_way(self, key: weights_pb2.VersionKey) -> None:
+        """Whatever else is on its way makes room for ``key``, or ``key`` is told to wait."""
+        running = self._preparation
+        if running is not None:
+            if (key.fence, key.version) <= (running.key.fence, running.key.version):
+                raise Overloaded(
+                    f"{describe_key(running.key)} is being prepared; try again when that is over.",
+                    reason="PUBLISH_IN_PROGRESS",
+                    retry_after_s=BUSY_RETRY_S,
+                )
+            running.is_cancelled.set()
+        staged = self._staged
+        if staged is None:
+            return
+        if staged.commit is not None and not staged.commit.cancel() and not staged.commit.done():
+            raise Overloaded(
+                f"{describe_key(staged.key)} is being committed; try again when that is over.",
+                reason="PUBLISH_IN_PROGRESS",
+                retry_after_s=BUSY_RETRY_S,
+            )
+        self._staged = None
+        staged.close_saved()
+
+    def _forget(self, staged: Staged) -> None:
+        with self._lock:
+            if self._staged is staged:
+                self._staged = None
+        staged.close(self.spool)
+
+    def _quarantine(self, error: UndoFailedError) -> None:
+        with self._lock:
+            self._is_quarantined, self._before, self._staged = True, None, None
+        metrics.WEIGHTS_UPDATE_FAILURES.inc()
+        logger.error("quarantined: %s", error)
+        raise InternalError(
+            f"{error} This replica refuses to generate until it gets all weights again.",
+            reason="QUARANTINED",
+        ) from error
+
+    def _show(self, old_digest: str) -> None:
+        version = self._key.version if self._key else 0
+        self._loop.decoder.weights_version = version
+        self._on_served(old_digest, self._digest)
+        metrics.POLICY_WEIGHTS_VERSION.set(version)
+
+
+def _is_staged(staged: Staged) -> weights_pb2.PrepareResponse:
+    return weights_pb2.PrepareResponse(
+        state=STAGED, fetched_bytes=staged.fetched_bytes, total_bytes=staged.fetched_bytes
+    )
+
+
+def _superseded(key: weights_pb2.VersionKey) -> Cancelled:
+    return Cancelled(
+        f"the preparation of {describe_key(key)} was given up: it was aborted, or a newer one took "
+        "its place.",
+        reason="SUPERSEDED",
+    )

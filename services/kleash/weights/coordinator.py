@@ -1,0 +1,218 @@
+"""Two-phase commit of a version over all replicas, on the trainer's side.
+
+    stored ─► prepare all, in parallel ─► enough staged? ─no─► abort all ───────────► given up
+                                              │ yes: written down before anyone is told
+                                          commit all ─► enough committed? ─no─► roll back ► given up
+                                              │ yes
+                                          the head; replicas that are missing catch up
+
+"Enough" is every replica, or the configured quorum. Beyond ``flat_replicas`` a replica fetches from
+one that fetches before it, a tree; the publisher stays its second source.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from kleash.rpc.errors import InternalError, ServiceError
+from kleash.weights.fetch import Source
+from kleash.weights.manifest import describe_key, key_of
+from kleash.weights.store import Store
+from kleash.weights.v1 import weights_pb2
+
+logger = logging.getLogger(__name__)
+
+X = TypeVar("X")
+
+
+class Replica(Protocol):
+    """WeightsClient, or a replica in this process."""
+
+    @property
+    def address(self) -> str: ...
+
+    def get_weights(self) -> weights_pb2.GetWeightsResponse: ...
+
+    def prepare(
+        self, request: weights_pb2.PrepareRequest, store: Source, *, timeout_s: float | None = None
+    ) -> weights_pb2.PrepareResponse: ...
+
+    def commit(
+        self,
+        key: weights_pb2.VersionKey,
+        in_flight: weights_pb2.InFlight,
+        *,
+        timeout_s: float | None = None,
+    ) -> weights_pb2.CommitResponse: ...
+
+    def abort(self, key: weights_pb2.VersionKey) -> weights_pb2.AbortResponse: ...
+
+    def rollback(self, key: weights_pb2.VersionKey) -> weights_pb2.RollbackResponse: ...
+
+    def check_canary(self, token_ids: bytes) -> weights_pb2.CheckCanaryResponse: ...
+
+
+@dataclass(frozen=True)
+class FleetSettings:
+    """How a version is brought to the replicas."""
+
+    quorum: int | None = None
+    """Replicas that must commit; None means all."""
+    in_flight: weights_pb2.InFlight = weights_pb2.IN_FLIGHT_KEEP
+    prepare_timeout_s: float = 600.0
+    commit_timeout_s: float = 120.0
+    flat_replicas: int = 8
+    """Replicas that fetch from the publisher itself; the others fetch from replicas."""
+    peer_fan_out: int = 3
+    """Replicas that fetch from one replica."""
+
+
+@dataclass(frozen=True)
+class FleetReport:
+    """What became of a version at every replica, by their indices."""
+
+    committed: dict[int, weights_pb2.CommitResponse]
+    failures: dict[int, ServiceError] = field(default_factory=dict)
+
+
+class Coordinator:
+    """Commits versions of one store over one fleet. Not for two threads at a time."""
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        store: Store,
+        store_address: str,
+        settings: FleetSettings | None = None,
+    ) -> None:
+        """``store_address`` is where replicas in other processes reach the store."""
+        self.replicas = list(replicas)
+        self.settings = settings or FleetSettings()
+        self._store = store
+        self._store_address = store_address
+
+    @property
+    def needed(self) -> int:
+        """Replicas that must commit."""
+        return min(self.settings.quorum or len(self.replicas), len(self.replicas))
+
+    def publish(
+        self,
+        manifest: weights_pb2.Manifest,
+        check: Callable[[int, Replica], None] = lambda _index, _replica: None,
+    ) -> FleetReport:
+        """Make a stored version the served one at all replicas, or at none.
+
+        ``check`` looks at a replica that has committed; what it raises counts as a failed commit.
+        Raises the first replica's ServiceError when too few replicas follow.
+        """
+        key, store = key_of(manifest), self._store
+        request = self._request(key, manifest)
+        staged, failures = self._each(
+            range(len(self.replicas)), lambda index: self._prepare(index, request)
+        )
+        if len(staged) < self.needed:
+            self._each(range(len(self.replicas)), lambda index: self.replicas[index].abort(key))
+            store.record("given_up", key, phase="prepare")
+            raise _first(failures)
+        store.record("deciding", key, replicas=sorted(staged))
+        committed, late = self._each(sorted(staged), lambda index: self._commit(index, key, check))
+        failures |= late
+        if len(committed) < self.needed:
+            for index in staged:
+                self._take_back(index, key)
+            store.record("given_up", key, phase="commit")
+            raise _first(late)
+        for index, error in failures.items():
+            logger.warning(
+                "policy replica %d does not serve %s yet and has to catch up: %s",
+                index,
+                describe_key(key),
+                error,
+            )
+        store.commit(key)
+        return FleetReport(committed, failures)
+
+    def catch_up(self, index: int, key: weights_pb2.VersionKey) -> weights_pb2.CommitResponse:
+        """Bring one replica to a committed version, whatever it serves. Raises ServiceError."""
+        self._prepare(index, self._request(key, None))
+        return self._commit(index, key, lambda _index, _replica: None)
+
+    def sources(self, index: int) -> list[str]:
+        """Addresses of the stores from which a replica fetches, in order."""
+        flat = self.settings.flat_replicas
+        if index < flat:
+            return [self._store_address]
+        parent = (index - flat) // self.settings.peer_fan_out
+        return [self.replicas[parent].address, self._store_address]
+
+    def _request(
+        self, key: weights_pb2.VersionKey, manifest: weights_pb2.Manifest | None
+    ) -> weights_pb2.PrepareRequest:
+        head = self._store.head
+        is_same_run = head is not None and head.fence == key.fence
+        return weights_pb2.PrepareRequest(
+            key=key, manifest=manifest, required_version=head.version if head and is_same_run else 0
+        )
+
+    def _prepare(
+        self, index: int, request: weights_pb2.PrepareRequest
+    ) -> weights_pb2.PrepareResponse:
+        own = weights_pb2.PrepareRequest()
+        own.CopyFrom(request)
+        own.sources.extend(self.sources(index))
+        return self.replicas[index].prepare(
+            own, self._store, timeout_s=self.settings.prepare_timeout_s
+        )
+
+    def _commit(
+        self, index: int, key: weights_pb2.VersionKey, check: Callable[[int, Replica], None]
+    ) -> weights_pb2.CommitResponse:
+        replica = self.replicas[index]
+        response = replica.commit(
+            key, self.settings.in_flight, timeout_s=self.settings.commit_timeout_s
+        )
+        if (response.version, response.digest) != (key.version, key.digest):
+            raise InternalError(
+                f"policy replica {index} serves version {response.version} with digest "
+                f"{response.digest} after the commit of version {key.version} with digest "
+                f"{key.digest}; does another trainer publish to it?"
+            )
+        check(index, replica)
+        return response
+
+    def _take_back(self, index: int, key: weights_pb2.VersionKey) -> None:
+        """Best effort: a replica that cannot be told is brought along by the next publish."""
+        for undo in (self.replicas[index].abort, self.replicas[index].rollback):
+            try:
+                undo(key)
+            except ServiceError as error:
+                if error.reason != "NOT_SERVED":
+                    logger.warning("policy replica %d: %s", index, error)
+
+    def _each(
+        self, indices: Sequence[int] | range, function: Callable[[int], X]
+    ) -> tuple[dict[int, X], dict[int, ServiceError]]:
+        """``function`` of every index, in parallel: results and failures."""
+        results: dict[int, X] = {}
+        failures: dict[int, ServiceError] = {}
+        with ThreadPoolExecutor(max(len(indices), 1), "publish") as threads:
+            futures = {index: threads.submit(function, index) for index in indices}
+            for index, future in futures.items():
+                try:
+                    results[index] = future.result()
+                except ServiceError as error:
+                    failures[index] = error
+        return results, failures
+
+
+def _first(failures: dict[int, ServiceError]) -> ServiceError:
+    """The failure to tell: one that trying again will not cure, if there is one."""
+    return min(
+        failures.values(),
+        key=lambda error: error.code.name in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"),
+    )
