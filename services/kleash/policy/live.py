@@ -173,8 +173,9 @@ class LiveWeights:
         try:
             for step in steps:
                 for name, part, data in step.parts():
-                    done.append((name, part, data))
+                    # Decoding comes before the first write: a part that raises changed nothing.
                     self._sums[name] = self._change(name, part, data, undo=False)
+                    done.append((name, part, data))
             if self.digest != digest:
                 raise _mismatch("model", f"the weights got digest {self.digest}, not {digest}")
         except BaseException as error:

@@ -28,6 +28,7 @@ from kleash.base import metrics
 from kleash.policy.commits import Committed, InFlight
 from kleash.policy.decode_loop import DecodeLoop
 from kleash.policy.live import LiveWeights, UndoFailedError
+from kleash.policy.requests import quarantined
 from kleash.policy.staging import OnProgress, Staged, stage
 from kleash.rpc.errors import (
     Cancelled,
@@ -277,7 +278,10 @@ class WeightsReplica:
             old, self._before = self._before, _Before(self._key, self._digest, staged)
             old_digest = self._digest
             self._key, self._digest, self._staged = staged.key, staged.key.digest, None
-            self._is_quarantined = self._is_quarantined and not is_anchor
+            was_quarantined = self._is_quarantined
+            self._is_quarantined = was_quarantined and not is_anchor
+        if was_quarantined and is_anchor:
+            self._loop.refuse(None)
         if old is not None:
             old.staged.close_saved()
         self.spool.keep_only({step.manifest.manifest_hash for step in staged.steps})
@@ -411,6 +415,7 @@ class WeightsReplica:
     def _quarantine(self, error: UndoFailedError) -> None:
         with self._lock:
             self._is_quarantined, self._before, self._staged = True, None, None
+        self._loop.refuse(quarantined)
         metrics.WEIGHTS_UPDATE_FAILURES.inc()
         logger.error("quarantined: %s", error)
         raise InternalError(

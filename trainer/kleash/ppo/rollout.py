@@ -34,7 +34,7 @@ from kleash.lm.sequences import TokenSequence
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.patience import Patience
 from kleash.ppo.services import Services
-from kleash.rpc.errors import Overloaded, PreconditionFailed, Unavailable
+from kleash.rpc.errors import Cancelled, Overloaded, PreconditionFailed, Unavailable
 
 SCORING_THREADS = 4
 """Two calls under way for each scoring service: one computes while the next is decoded."""
@@ -286,14 +286,15 @@ class _Task:
     ) -> Generator[tuple[_Row, GeneratedSequence]]:
         """Responses as they finish; after a failure those that are missing are asked for again.
 
-        The same replica is asked again, or with a quorum, which says that the run goes on without
-        some, the next one. The tokens are the same.
+        So are those that a commit of other weights ended. The same replica is asked, or with a
+        quorum, which says that the run goes on without some, the next one. Tokens do not change.
         """
         replica = self._replicas[index]
         missing = {(row.record.prompt_id, row.sample_index): row for row in rows}
         known = set(missing)
         patience = Patience(self._config.services.wait_s, self.is_over.is_set)
         while missing and not self.is_over.is_set():
+            num_aborted = 0
             try:
                 self._ensure_weights(replica, self._weights_version)
                 stream = self._services.policies[replica].generate(
@@ -311,10 +312,12 @@ class _Task:
                             raise RolloutError(
                                 f"policy replica {replica} answered {key}, which nobody asked."
                             )
-                        if row := missing.pop(key, None):
+                        if generated.finish_reason == "aborted":
+                            num_aborted += 1
+                        elif row := missing.pop(key, None):
                             patience.start_again()
                             yield row, generated
-            except (Unavailable, Overloaded, PreconditionFailed) as error:
+            except (Unavailable, Overloaded, Cancelled, PreconditionFailed) as error:
                 if isinstance(error, PreconditionFailed) and error.reason != "WEIGHTS_TOO_OLD":
                     raise
                 patience.wait_after(error)
@@ -322,7 +325,7 @@ class _Task:
                     index = (index + 1) % len(self._replicas)
                     replica = self._replicas[index]
                 continue
-            if missing:
+            if len(missing) > num_aborted:
                 raise RolloutError(
                     f"policy replica {replica} ended its stream without {len(missing)} of "
                     f"{len(rows)} responses."
