@@ -119,9 +119,15 @@ MODEL_INFO = Gauge(
 POLICY_WEIGHTS_VERSION = Gauge(
     "kleash_policy_weights_version", "Version of the weights that the policy generates with."
 )
+POLICY_REQUIRED_VERSION = Gauge(
+    "kleash_policy_required_version", "Version below which the policy is not ready."
+)
+POLICY_QUARANTINED = Gauge(
+    "kleash_policy_quarantined", "1 while the policy's weights are of no version."
+)
 WEIGHTS_UPDATE_SECONDS = Histogram(
     "kleash_weights_update_seconds",
-    "Seconds from the manifest of a publish to its version being served.",
+    "Seconds from the start of a version's preparation to its being served.",
     buckets=_LONG_S,
 )
 WEIGHTS_UPDATE_BYTES = Counter("kleash_weights_update_bytes_total", "Bytes of weights received.")

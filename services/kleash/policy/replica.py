@@ -150,7 +150,7 @@ class WeightsReplica:
                 return
             self._awaits_publisher = False
             if key.fence >= self._fence:
-                self._required = (key.fence, key.version)
+                self._require(key.fence, key.version)
 
     # ----------------------------------------------------------------------------------- prepare
 
@@ -171,7 +171,7 @@ class WeightsReplica:
         with self._lock:
             self._take_fence(key)
             if request.required_version:
-                self._required = (key.fence, request.required_version)
+                self._require(key.fence, request.required_version)
             if self._serves(key):
                 return weights_pb2.PrepareResponse(state=SERVING)
             self._check_order(key)
@@ -282,6 +282,7 @@ class WeightsReplica:
             self._is_quarantined = was_quarantined and not is_anchor
         if was_quarantined and is_anchor:
             self._loop.refuse(None)
+            metrics.POLICY_QUARANTINED.set(0)
         if old is not None:
             old.staged.close_saved()
         self.spool.keep_only({step.manifest.manifest_hash for step in staged.steps})
@@ -348,6 +349,10 @@ class WeightsReplica:
         if self._staged is not None:
             return STAGED
         return SERVING if self._preparation is None else PREPARING
+
+    def _require(self, fence: int, version: int) -> None:
+        self._required = (fence, version)
+        metrics.POLICY_REQUIRED_VERSION.set(version)
 
     def _serves(self, key: weights_pb2.VersionKey) -> bool:
         return self._key == key and not self._is_quarantined
@@ -416,6 +421,7 @@ class WeightsReplica:
         with self._lock:
             self._is_quarantined, self._before, self._staged = True, None, None
         self._loop.refuse(quarantined)
+        metrics.POLICY_QUARANTINED.set(1)
         metrics.WEIGHTS_UPDATE_FAILURES.inc()
         logger.error("quarantined: %s", error)
         raise InternalError(

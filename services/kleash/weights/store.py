@@ -33,8 +33,15 @@ from kleash.weights.v1 import weights_pb2
 
 logger = logging.getLogger(__name__)
 
+KEEP_RATIO = 2
+"""Deltas that are kept take at most so many times the bytes of the weights: beyond that an anchor
+is the shorter way in any case."""
+
 ANCHOR_RATIO = 0.5
 """A new anchor is made once what follows the last one is longer than this share of it."""
+
+TORN_PREFIXES = (".encode-", ".merge-", ".squash-")
+"""Names of files that are being written and become objects when they are whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +85,7 @@ class Store:
         self._planning = threading.Lock()
         self._head: weights_pb2.VersionKey | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_torn(folder)
         self._stored = {it.object_id: it for it in read_folder(folder)}
         self._committed = [
             bytes.fromhex(event["manifest_hash"])
@@ -236,7 +244,13 @@ class Store:
         assert head is not None
         ordered = self._ordered()
         deltas = [it for it in ordered if it.manifest.base_digest and not _is_squash(it)]
-        keep = {it.object_id for it in deltas[-self._keep_versions :]}
+        keep = set()
+        left = KEEP_RATIO * _dense_bytes(deltas[-1].manifest) if deltas else 0
+        for delta in deltas[: -self._keep_versions - 1 : -1]:
+            left -= delta.size
+            if left < 0:
+                break
+            keep.add(delta.object_id)
         anchors = [it for it in ordered if not it.manifest.base_digest]
         keep |= {it.object_id for it in anchors[-1:]}
         keep |= {
@@ -263,6 +277,19 @@ class Store:
             self._log_file.write(json.dumps(row) + "\n")
             self._log_file.flush()
             os.fsync(self._log_file.fileno())
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove what a process that was killed had half written: files, and the log's last line."""
+    for path in list(folder.iterdir()):
+        is_torn = path.name.startswith(TORN_PREFIXES) or path.match(".*.manifest")
+        # An object comes before its manifest: without one nobody will ask for it.
+        if is_torn or (path.suffix == ".object" and not path.with_suffix(".manifest").exists()):
+            path.unlink()
+    log = folder / "log.jsonl"
+    if log.is_file():
+        with log.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

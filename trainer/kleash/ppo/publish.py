@@ -71,6 +71,15 @@ class PublishReport:
     replicas: tuple[int, ...]
     """Indices of the replicas that serve the version."""
 
+    def figures(self) -> dict[str, float]:
+        """For metrics.jsonl; docs/metrics.md defines them."""
+        return {
+            "publish_pause_s": self.pause_s,
+            "publish_bytes": self.bytes,
+            "publish_changed_fraction": self.changed_fraction,
+            "publish_replicas": len(self.replicas),
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class Canary:

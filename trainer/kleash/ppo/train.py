@@ -99,7 +99,7 @@ def ppo_step(run: Session) -> dict[str, float]:
     if learner.trains_policy(step):
         version += 1
         published = run.publish(version)
-        figures["publish_pause_s"] = published.pause_s if published else 0.0
+        figures |= published.figures() if published else {}
 
     ended = time.monotonic()
     return {

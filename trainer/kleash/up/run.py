@@ -23,10 +23,26 @@ def run(config: UpConfig, progress: Progress) -> int:
     """
     if config.in_process:
         return _run_in_process(config, progress)
+    config = _with_store(config)
     with _running(config) as (supervisor, services):
         path = config.ppo.out / "services" / "trainer.json"
         save_config(config.ppo.model_copy(update={"services": services}), path)
         return supervisor.run_to_end(kleash_command("ppo", str(path)))
+
+
+def _with_store(config: UpConfig) -> UpConfig:
+    """The policy knows where the trainer's weights store will be: it catches up after a restart."""
+    server = config.ppo.publish.server
+    server = server.model_copy(update={"port": server.port or free_port()})
+    publish = config.ppo.publish.model_copy(update={"server": server})
+    address = config.ppo.publish.address or f"127.0.0.1:{server.port}"
+    weights = {"publisher": address, **config.policy.get("weights", {})}
+    return config.model_copy(
+        update={
+            "ppo": config.ppo.model_copy(update={"publish": publish}),
+            "policy": {**config.policy, "weights": weights},
+        }
+    )
 
 
 def _run_in_process(config: UpConfig, progress: Progress) -> int:
