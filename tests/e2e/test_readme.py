@@ -42,6 +42,7 @@ SMALL = {
     "up": "--ppo.total_steps=2 --ppo.batch_size=4 --ppo.sampling.max_new_tokens=8 "
     "--ppo.num_threads=1 --service_threads=1",
     "serve": "--num_threads=1",
+    "weights": "",
     "ppo": "--total_steps=2 --batch_size=4 --sampling.max_new_tokens=8 --num_threads=1",
 }
 QUESTIONS = [f"What is {number} plus 4?" for number in range(8)]
@@ -117,13 +118,18 @@ class Workplace:
 
     def run(self, command: str) -> None:
         """Run a command to its end; it must succeed and leave what it was told to write."""
+        self.read(command)
+        assert (self.folder / argument(command, "out")).exists(), command
+
+    def read(self, command: str) -> str:
+        """Run a command to its end; it must succeed. Returns what it printed."""
         running = self.start(command)
         try:
             status = running.process.wait(timeout=COMMAND_S)
         finally:
             running.process.kill()
         assert status == 0, f"{command}\n{running.log.read_text()}"
-        assert (self.folder / argument(command, "out")).exists(), command
+        return running.log.read_text()
 
     def bring(self, command: str) -> None:
         """Files that a user has before the command: base model, data, comparisons."""
@@ -157,11 +163,11 @@ class Workplace:
 
 
 def test_every_block_is_known() -> None:
-    """make, the three stages and PPO, the services; a Python block that calls them."""
+    """make, the stages and PPO, the services, their weights; a Python block that calls them."""
     first_words = [[command.split()[0] for command in commands(block)] for block in blocks("sh")]
-    assert [set(words) for words in first_words] == [{"make"}, {"kleash"}, {"kleash"}]
+    assert [set(words) for words in first_words] == [{"make"}, {"kleash"}, {"kleash"}, {"kleash"}]
     assert len(blocks("python")) == 1
-    assert len(re.findall(r"^```\w+$", README, flags=re.MULTILINE)) == 4
+    assert len(re.findall(r"^```\w+$", README, flags=re.MULTILINE)) == 5
 
 
 def test_make_targets_exist() -> None:
@@ -246,6 +252,21 @@ def test_services_alone(workplace: Workplace, services: None) -> None:
     workplace.run(trainers[0])
     out = workplace.folder / argument(trainers[0], "out")
     assert json.loads((out / "report.json").read_text())["is_complete"]
+
+
+def test_weights(workplace: Workplace, services: None) -> None:
+    """A replica, the versions of a run, and every hash of them."""
+    inspect, history, verify = map(workplace.read, commands(blocks("sh")[3]))
+    assert "version" in inspect
+    out = workplace.folder / shlex.split(commands(blocks("sh")[3])[1])[3]
+    committed = [
+        json.loads(line)["version"]
+        for line in (out / "weights" / "log.jsonl").read_text().splitlines()
+        if json.loads(line)["event"] == "committed"
+    ]
+    assert committed == [1, 2, 3]
+    assert history.count("committed") == 3
+    assert verify
 
 
 def test_application(workplace: Workplace, services: None) -> None:
