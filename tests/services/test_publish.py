@@ -35,8 +35,9 @@ from kleash.rpc.errors import (
     InvalidRequest,
     PermissionDenied,
     PreconditionFailed,
+    ServiceError,
 )
-from kleash.rpc.server import BackgroundServer
+from kleash.rpc.server import BackgroundServer, ServerConfig
 from kleash.weights.manifest import encoded_bytes
 from kleash.weights.store import Store
 from kleash.weights.store_service import StoreService
@@ -114,10 +115,10 @@ def replica(tiny_folder: Path) -> Iterator[Replica]:
 
 
 @contextlib.contextmanager
-def started(folder: Path, **settings: Any) -> Iterator[Replica]:
+def started(folder: Path, drain_grace_s: float = 30.0, **settings: Any) -> Iterator[Replica]:
     config = PolicyConfig.model_validate({"model": folder, "limits": LIMITS, **settings})
     service = PolicyService(config)
-    with BackgroundServer([service]) as server:
+    with BackgroundServer([service], ServerConfig(drain_grace_s=drain_grace_s)) as server:
         replica = Replica(service, server.address)
         with replica.weights, replica.policy:
             yield replica
@@ -370,7 +371,7 @@ def test_a_replica_that_joins_catches_up_by_itself(
     with started(tiny_folder) as first:
         publisher = trainer.publisher([first])
         publisher.publish(load_causal_lm(tiny_folder), 1)
-        settings = {"weights": {"publisher": trainer.address}}
+        settings: dict[str, Any] = {"weights": {"publisher": trainer.address}}
         with started(tiny_folder, **settings) as late:
             wait_until(late.is_ready, "a replica that serves version 1")
             for version in (2, 3, 4):
@@ -388,7 +389,7 @@ def test_a_late_joiner_takes_one_squashed_delta(tiny_folder: Path, trainer: Trai
         publisher.publish(load_causal_lm(tiny_folder), 1)
         for version in (2, 3, 4):
             publisher.publish(after_training(tiny_folder, version), version)
-        settings = {"weights": {"publisher": trainer.address}}
+        settings: dict[str, Any] = {"weights": {"publisher": trainer.address}}
         with started(tiny_folder, **settings) as late:
             wait_until(late.is_ready, "a replica that serves version 4")
             assert late.digest == first.digest
@@ -478,3 +479,37 @@ def test_manifests_of_the_store_are_those_of_the_objects(
         parts = list(store.fetch(manifest.manifest_hash, 100))
         assert parts[0].offset == 100
         assert 100 + sum(len(part.data) for part in parts) == encoded_bytes(manifest)
+
+
+def test_a_server_ends_while_it_fetches(tiny_folder: Path, trained: Any, trainer: Trainer) -> None:
+    """A publisher that hangs does not keep a stopped replica alive."""
+    is_entered, may_end = threading.Event(), threading.Event()
+
+    def hang(object_id: bytes, offset: int) -> Iterator[weights_pb2.FetchResponse]:
+        is_entered.set()
+        may_end.wait(WAIT_S)
+        yield from ()
+
+    outcome: list[Any] = []
+
+    def publish(publisher: Publisher) -> None:
+        try:
+            publisher.publish(trained, 2)
+        except ServiceError as error:
+            outcome.append(error)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(may_end.set)
+        with started(tiny_folder, drain_grace_s=0.2) as replica:
+            stack.enter_context(own := WeightsClient(replica.address))
+            replica.weights, its = own, replica.weights
+            publisher = trainer.publisher([replica])
+            replica.weights = its
+            publisher.publish(load_causal_lm(tiny_folder), 1)
+            trainer.store.fetch = hang  # type: ignore[method-assign]
+            thread = threading.Thread(target=publish, args=(publisher,))
+            thread.start()
+            assert is_entered.wait(WAIT_S)
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+        assert outcome

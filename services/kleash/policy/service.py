@@ -34,6 +34,7 @@ class PolicyService:
         self._engine: Engine | None = None
         self._is_started = False
         self._catch_up: CatchUp | None = None
+        self._weights: WeightsServicer | None = None
 
     @property
     def engine(self) -> Engine:
@@ -49,9 +50,8 @@ class PolicyService:
         """Add the servicers to ``server``; after load."""
         engine = self.engine
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(engine), server)
-        weights_pb2_grpc.add_WeightsServiceServicer_to_server(
-            WeightsServicer(engine.weights, engine.loop, engine.frozen), server
-        )
+        self._weights = WeightsServicer(engine.weights, engine.loop, engine.frozen)
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server(self._weights, server)
         weights_pb2_grpc.add_WeightsStoreServiceServicer_to_server(
             PeerServicer(engine.weights.spool), server
         )
@@ -79,6 +79,8 @@ class PolicyService:
             return
         if self._catch_up is not None:
             self._catch_up.stop()
+        if self._weights is not None:
+            self._weights.stop()
         self._engine.loop.stop(wait=False)
         # A thread that waits would keep the stopped process alive when the model hangs.
         while self._engine.loop.is_alive:  # noqa: ASYNC110 (a thread sets no asyncio.Event)

@@ -45,6 +45,13 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self._loop = loop
         self._frozen = frozen
         self._threads = ThreadPoolExecutor(PREPARE_THREADS, "kleash-prepare")
+        self._sources: set[WeightsStoreClient] = set()
+
+    def stop(self) -> None:
+        """Break off what is being fetched: the process ends when its threads do."""
+        for source in list(self._sources):
+            source.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def Prepare(
         self, request: weights_pb2.PrepareRequest, context: Any
@@ -58,14 +65,17 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
 
         def work() -> weights_pb2.PrepareResponse:
             sources = [WeightsStoreClient(address) for address in request.sources]
+            self._sources.update(sources)
             try:
                 return self._replica.prepare(request, sources, on_progress)
             finally:
+                self._sources.difference_update(sources)
                 for source in sources:
                     source.close()
                 loop.call_soon_threadsafe(news.put_nowait, None)
 
         prepared = loop.run_in_executor(self._threads, work)
+        prepared.add_done_callback(_seen)
         while (progress := await news.get()) is not None:
             yield weights_pb2.PrepareResponse(
                 state=PREPARING, fetched_bytes=progress[0], total_bytes=progress[1]
@@ -118,6 +128,12 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         return await asyncio.to_thread(
             check_canary, self._loop, self._frozen, self._replica, request.token_ids
         )
+
+
+def _seen(prepared: asyncio.Future[Any]) -> None:
+    """A caller that went away does not hear of an error; others ask for the state."""
+    if not prepared.cancelled():
+        prepared.exception()
 
 
 def rolled_back(replica: WeightsReplica) -> weights_pb2.RollbackResponse:
