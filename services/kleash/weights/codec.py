@@ -22,35 +22,35 @@ from __future__ import annotations
 
 import enum
 import struct
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import zstandard
 
 from kleash.weights.digest import MASK, sum_change, tensor_sum
+from kleash.weights.frames import CodecError, compress, decompress
+from kleash.weights.ordered import ordered, unordered, unzigzag, zigzag
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Words compared at a time: two inputs and a mask that stay in the cache."""
 
+BATCH = 1 << 14
+"""Changed words that are encoded at a time: enough that numpy's calls cost little, and few enough
+that they stay in the cache."""
+
 ESCAPE = 255
-SPARSE_MOST = 0.2
-"""Changed fraction up to which gaps are shorter than planes of zeros."""
+SPARSE_MOST = 0.4
+"""Changed fraction up to which gaps are shorter than planes of zeros: they cross between 0.3 and
+0.6, depending on how large the steps are."""
 
 SAMPLE_BYTES = 1 << 20
 PAYS = 0.97
 """Planes are kept when a sample of them is smaller than this share of the words."""
 
-ZSTD_LEVEL = 1
 _HEADER = struct.Struct("<7I")
-_BYTES = np.dtype(np.uint8)
+_EMPTY = np.empty(0, np.uint8)
 
 Buffer = bytes | memoryview
-
-
-class CodecError(ValueError):
-    """Bytes that no encoder wrote."""
 
 
 class Codec(enum.IntEnum):
@@ -93,35 +93,73 @@ def encode(old: np.ndarray | None, new: np.ndarray, first: int = 0) -> Encoded |
     Without ``old`` the encoding is a full one. ``first`` is the part's first flat index in its
     tensor, for the digest.
     """
+    assert len(new) < 1 << 32, "a part has less than 2^32 elements: its gaps are 32 bits wide"
     if old is None:
         return _encode_full(new, tensor_sum(new, first))
-    indices = changed_indices(old, new)
-    if not len(indices):
+    streams, change = _SparseStreams(), 0
+    for indices, before, after in _changed_words(old, new):
+        if streams.num_changed + len(indices) > SPARSE_MOST * len(new):
+            return _encode_dense(old, new, first)
+        streams.add(indices, ordered(after) - ordered(before))
+        indices += first
+        change += sum_change(indices, before, after)
+    if not streams.num_changed:
         return None
-    if len(indices) <= SPARSE_MOST * len(new):
-        before, after = old[indices], new[indices]
-        data = _sparse(indices, _ordered(after) - _ordered(before))
-        if len(data) < new.nbytes:
-            change = sum_change(indices + first if first else indices, before, after)
-            return Encoded(Codec.SPARSE_DELTA, data, len(indices), change)
-    change = (tensor_sum(new, first) - tensor_sum(old, first)) & MASK
-    dense = _planes(_zigzag(_ordered(new) - _ordered(old)))
-    if len(dense) < PAYS * new.nbytes:
-        return Encoded(Codec.DENSE_DELTA, dense, len(indices), change)
-    return _encode_full(new, change)
+    data = streams.encode()
+    if len(data) < new.nbytes:
+        return Encoded(Codec.SPARSE_DELTA, data, streams.num_changed, change & MASK)
+    return _encode_dense(old, new, first)
 
 
-def changed_indices(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Ascending int64 indices at which two arrays of words differ."""
-    found = []
-    mask = np.empty(BLOCK, np.bool_)
+def _changed_words(
+    old: np.ndarray, new: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ascending int64 indices at which two arrays of words differ, and both words there."""
+    found, count = [], 0
     for start in range(0, len(new), BLOCK):
-        part = new[start : start + BLOCK]
-        differs = np.not_equal(old[start : start + BLOCK], part, out=mask[: len(part)])
-        indices = np.flatnonzero(differs)
-        if len(indices):
-            found.append(indices + start if start else indices)
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+        end = start + BLOCK
+        indices, before, after = _changed_in_block(old[start:end], new[start:end])
+        indices += start
+        found.append((indices, before, after))
+        count += len(indices)
+        if count >= BATCH or (count and end >= len(new)):
+            indices, before, after = map(np.concatenate, zip(*found, strict=True))
+            yield indices, before, after
+            found, count = [], 0
+
+
+def _changed_in_block(
+    old: np.ndarray, new: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``_changed_words``.
+
+    Eight bytes are compared at a time: finding the few that differ is what takes the time.
+    """
+    if new.nbytes % 8:
+        (indices,) = (old != new).nonzero()
+        return indices, old[indices], new[indices]
+    old_groups, new_groups = old.view(np.uint64), new.view(np.uint64)
+    (groups,) = (old_groups != new_groups).nonzero()
+    old, new = old_groups[groups].view(old.dtype), new_groups[groups].view(new.dtype)
+    (places,) = (old != new).nonzero()
+    shift = (8 // new.itemsize).bit_length() - 1
+    indices = groups[places >> shift]
+    indices <<= shift
+    indices += places & ((1 << shift) - 1)
+    return indices, old[places], new[places]
+
+
+def _encode_dense(old: np.ndarray, new: np.ndarray, first: int) -> Encoded:
+    change = (tensor_sum(new, first) - tensor_sum(old, first)) & MASK
+    steps, num_changed = np.empty_like(new), 0
+    for start in range(0, len(new), BLOCK):
+        part = slice(start, start + BLOCK)
+        steps[part] = zigzag(ordered(new[part]) - ordered(old[part]))
+        num_changed += int(np.count_nonzero(steps[part]))
+    data = _planes(steps, are_draws=True)
+    if len(data) < PAYS * new.nbytes:
+        return Encoded(Codec.DENSE_DELTA, data, num_changed, change)
+    return _encode_full(new, change)
 
 
 def _encode_full(new: np.ndarray, change: int) -> Encoded:
@@ -134,29 +172,54 @@ def _encode_full(new: np.ndarray, change: int) -> Encoded:
     return Encoded(Codec.FULL, new.tobytes(), len(new), change)
 
 
-def _sparse(indices: np.ndarray, steps: np.ndarray) -> bytes:
-    gaps = np.empty(len(indices), np.int64)
-    gaps[0] = indices[0]
-    np.subtract(indices[1:], indices[:-1], out=gaps[1:])
-    gaps[1:] -= 1
-    is_far = gaps >= ESCAPE
-    far = gaps[is_far].astype(np.uint32)
-    zigzag = _zigzag(steps)
-    is_large = zigzag >= ESCAPE
-    large = zigzag[is_large]
-    short_gaps, short_steps = gaps.astype(np.uint8), zigzag.astype(np.uint8)
-    if len(far):
-        short_gaps[is_far] = ESCAPE
-    if len(large):
-        short_steps[is_large] = ESCAPE
-    streams = [_compress(stream) for stream in (short_gaps, short_steps, far, large)]
-    header = _HEADER.pack(len(indices), len(far), len(large), *map(len, streams))
-    return b"".join((header, *streams))
+class _SparseStreams:
+    """The streams of a sparse delta, added to in the order of the indices."""
+
+    def __init__(self) -> None:
+        self.num_changed = 0
+        self._next = 0
+        self._short_gaps: list[np.ndarray] = []
+        self._short_steps: list[np.ndarray] = []
+        self._far: list[np.ndarray] = []
+        self._large: list[np.ndarray] = []
+
+    def add(self, indices: np.ndarray, steps: np.ndarray) -> None:
+        """Steps at int64 indices greater than those added before; at least one."""
+        gaps = np.empty(len(indices), np.int64)
+        gaps[0] = indices[0] - self._next
+        np.subtract(indices[1:], indices[:-1], out=gaps[1:])
+        gaps[1:] -= 1
+        self._short_gaps.append(_shorten(gaps, np.dtype(np.uint32), self._far))
+        codes = zigzag(steps)
+        self._short_steps.append(_shorten(codes, codes.dtype, self._large))
+        self._next = int(indices[-1]) + 1
+        self.num_changed += len(indices)
+
+    def encode(self) -> bytes:
+        """Header and streams."""
+        far, large = (np.concatenate(it) if it else _EMPTY for it in (self._far, self._large))
+        short = (np.concatenate(self._short_gaps), np.concatenate(self._short_steps))
+        streams = [compress(it, are_draws=True) for it in (*short, far, large)]
+        header = _HEADER.pack(self.num_changed, len(far), len(large), *map(len, streams))
+        return b"".join((header, *streams))
 
 
-def _planes(words: np.ndarray) -> bytes:
+def _shorten(values: np.ndarray, dtype: np.dtype, escaped: list[np.ndarray]) -> np.ndarray:
+    """Values as bytes; those that do not fit are appended to ``escaped``."""
+    short = values.astype(np.uint8)
+    is_long = values >= ESCAPE
+    if is_long.any():
+        escaped.append(values[is_long].astype(dtype))
+        short[is_long] = ESCAPE
+    return short
+
+
+def _planes(words: np.ndarray, *, are_draws: bool = False) -> bytes:
     columns = words.view(np.uint8).reshape(-1, words.itemsize)
-    planes = [_compress(np.ascontiguousarray(columns[:, byte])) for byte in range(words.itemsize)]
+    planes = [
+        compress(np.ascontiguousarray(columns[:, byte]), are_draws=are_draws)
+        for byte in range(words.itemsize)
+    ]
     return b"".join((struct.pack(f"<{len(planes)}I", *map(len, planes)), *planes))
 
 
@@ -179,7 +242,7 @@ def decode_delta(codec: Codec, data: Buffer, num_elements: int, dtype: np.dtype)
     """The change that a delta part makes. Raises CodecError; never reads or points out of range."""
     dtype, view = np.dtype(dtype), memoryview(data).cast("B")
     if codec == Codec.DENSE_DELTA:
-        return Change(None, _unzigzag(_join_planes(view, num_elements, dtype)))
+        return Change(None, unzigzag(_join_planes(view, num_elements, dtype)))
     if codec != Codec.SPARSE_DELTA:
         raise CodecError(f"{codec!r} is no delta; decode_full reads it.")
     if len(view) < _HEADER.size:
@@ -195,7 +258,7 @@ def decode_delta(codec: Codec, data: Buffer, num_elements: int, dtype: np.dtype)
     streams, start = [], _HEADER.size
     sizes = (num_changed, num_changed, num_far * 4, num_large * dtype.itemsize)
     for length, size in zip(lengths, sizes, strict=True):
-        streams.append(_decompress(view[start : start + length], size))
+        streams.append(decompress(view[start : start + length], size))
         start += length
     gaps = _unescape(streams[0], streams[2].view(np.uint32), np.dtype(np.int64))
     steps = _unescape(streams[1], streams[3].view(dtype), dtype)
@@ -204,7 +267,7 @@ def decode_delta(codec: Codec, data: Buffer, num_elements: int, dtype: np.dtype)
     indices -= 1
     if indices[-1] >= num_elements:
         raise CodecError(f"a sparse delta of {num_elements} elements changes {indices[-1]}.")
-    return Change(indices, _unzigzag(steps))
+    return Change(indices, unzigzag(steps))
 
 
 def _unescape(short: np.ndarray, escaped: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -225,7 +288,7 @@ def _join_planes(view: memoryview, num_elements: int, dtype: np.dtype) -> np.nda
         raise CodecError(f"the planes do not add up to {len(view)} bytes.")
     columns, start = np.empty((num_elements, size), np.uint8), 4 * size
     for byte, length in enumerate(lengths):
-        columns[:, byte] = _decompress(view[start : start + length], num_elements)
+        columns[:, byte] = decompress(view[start : start + length], num_elements)
         start += length
     return columns.reshape(-1).view(dtype)
 
@@ -244,8 +307,8 @@ def apply_change(words: np.ndarray, change: Change, *, undo: bool = False) -> No
 
 def changed_values(old: np.ndarray, steps: np.ndarray, *, undo: bool = False) -> np.ndarray:
     """The words that ``old`` become."""
-    ordered = _ordered(old)
-    return _unordered(ordered - steps if undo else ordered + steps)
+    values = ordered(old)
+    return unordered(values - steps if undo else values + steps)
 
 
 def squash(
@@ -293,73 +356,12 @@ def _squash_dense(changes: Sequence[Change], num_elements: int, dtype: np.dtype)
     indices = np.flatnonzero(total)
     if len(indices) <= SPARSE_MOST * num_elements:
         return _encode_steps(indices, total[indices])
-    return Encoded(Codec.DENSE_DELTA, _planes(_zigzag(total)), len(indices))
+    return Encoded(Codec.DENSE_DELTA, _planes(zigzag(total), are_draws=True), len(indices))
 
 
 def _encode_steps(indices: np.ndarray, steps: np.ndarray) -> Encoded | None:
     if not len(indices):
         return None
-    return Encoded(Codec.SPARSE_DELTA, _sparse(indices, steps), len(indices))
-
-
-# -------------------------------------------------------------------------------------------- bits
-
-
-def _ordered(words: np.ndarray) -> np.ndarray:
-    """Bits to integers that count up with the float: negative ones flip all bits but the sign."""
-    if words.itemsize == 1:
-        return words
-    signed = words.view(f"i{words.itemsize}")
-    bits = words.itemsize * 8
-    flip = (signed >> (bits - 1)).view(words.dtype) >> words.dtype.type(1)
-    return words ^ flip
-
-
-_unordered = _ordered
-"""The sign bit stays, so flipping twice gives the bits back."""
-
-
-def _zigzag(steps: np.ndarray) -> np.ndarray:
-    """0, -1, 1, -2, ... to 0, 1, 2, 3, ..."""
-    signed = steps.view(f"i{steps.itemsize}")
-    bits = steps.itemsize * 8
-    return (steps << steps.dtype.type(1)) ^ (signed >> (bits - 1)).view(steps.dtype)
-
-
-def _unzigzag(values: np.ndarray) -> np.ndarray:
-    one = values.dtype.type(1)
-    return (values >> one) ^ (~(values & one) + one)
-
-
-# -------------------------------------------------------------------------------------------- zstd
-
-_local = threading.local()
-
-
-def _compress(array: np.ndarray) -> bytes:
-    if not array.nbytes:
-        return b""
-    if not hasattr(_local, "compressor"):
-        _local.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-    return _local.compressor.compress(array.data)
-
-
-def _decompress(view: memoryview, size: int) -> np.ndarray:
-    """Exactly ``size`` bytes, or CodecError."""
-    if not size:
-        if len(view):
-            raise CodecError(f"a stream of {len(view)} bytes stands for nothing.")
-        return np.empty(0, np.uint8)
-    if not hasattr(_local, "decompressor"):
-        _local.decompressor = zstandard.ZstdDecompressor()
-    try:
-        # The frame names its size; a frame that lies about it is refused before it is unpacked.
-        declared = zstandard.frame_content_size(view)
-        if declared != size:
-            raise CodecError(f"a stream of {size} bytes says that it has {declared}.")
-        data = _local.decompressor.decompress(view, max_output_size=size)
-    except zstandard.ZstdError as error:
-        raise CodecError(f"a stream cannot be unpacked: {error}.") from None
-    if len(data) != size:
-        raise CodecError(f"a stream has {len(data)} bytes instead of {size}.")
-    return np.frombuffer(data, np.uint8)
+    streams = _SparseStreams()
+    streams.add(indices, steps)
+    return Encoded(Codec.SPARSE_DELTA, streams.encode(), len(indices))

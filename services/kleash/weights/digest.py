@@ -59,10 +59,11 @@ def sum_change(indices: np.ndarray, old: np.ndarray, new: np.ndarray) -> int:
         if first_block == last_block:
             total += int(steps.sum()) * _block_factor(first_block)
             continue
-        blocks = places >> BLOCK_BITS
-        starts = np.flatnonzero(np.diff(blocks, prepend=-1))
-        sums = np.add.reduceat(steps, starts)
-        sums *= _mixed(blocks[starts].astype(np.uint64) + np.uint64(FIRST_BLOCK_SEED))
+        blocks = np.arange(first_block, last_block + 1)
+        starts = np.searchsorted(places, blocks << BLOCK_BITS)
+        is_filled = np.diff(starts, append=len(places)) > 0
+        sums = np.add.reduceat(steps, starts[is_filled])
+        sums *= _mixed(blocks[is_filled].astype(np.uint64) + np.uint64(FIRST_BLOCK_SEED))
         total += int(sums.sum())
     return total & MASK
 
@@ -73,7 +74,9 @@ def _factors() -> np.ndarray:
     return _mixed(np.arange(BLOCK, dtype=np.uint64))
 
 
+@cache
 def _block_factor(block: int) -> int:
+    """B of one block."""
     return int(_mixed(np.array([block + FIRST_BLOCK_SEED], np.uint64))[0])
 
 

@@ -90,7 +90,7 @@ class Shadow:
         for entry, part, offset in places(manifest):
             shard = self.shards[entry.name]
             start = part.first_element - shard.first
-            if not 0 <= start < max(len(shard.words), 1):
+            if not 0 <= start < len(shard.words):
                 continue  # another rank's
             words = shard.words[start : start + part.num_elements]
             encoded = view[offset : offset + part.encoded_bytes]

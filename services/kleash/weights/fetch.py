@@ -88,8 +88,9 @@ def fetch_object(
             if target.is_complete:
                 return
         raise failure
-    except ServiceError as error:
-        target.fail(error)
+    except BaseException as error:
+        is_known = isinstance(error, ServiceError)
+        target.fail(error if is_known else Unavailable("the fetch has failed; see the log."))
         raise
 
 

@@ -46,7 +46,7 @@ class SpoolObject:
             # Closed when nobody reads any more: a number that is used again would be another file.
             weakref.finalize(self, os.close, self._descriptor)
             if size:
-                os.posix_fallocate(self._descriptor, 0, size)
+                _reserve(self._descriptor, size)
 
     @property
     def is_complete(self) -> bool:
@@ -172,6 +172,14 @@ class Spool:
         # A name of its own: a reader of an object that was dropped may still hold the old file.
         self._count += 1
         return self.folder / f"{self._count:08d}.object"
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    disk = os.fstatvfs(descriptor)
+    if size > disk.f_bavail * disk.f_frsize:
+        # Without this the file takes all that is left before it fails, and others cannot write.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.posix_fallocate(descriptor, 0, size)
 
 
 @contextlib.contextmanager

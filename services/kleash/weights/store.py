@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 
 from kleash.rpc.errors import NotFound, PreconditionFailed, Unavailable
 from kleash.weights.fetch import CHUNK_BYTES, chunk
-from kleash.weights.manifest import encoded_bytes, key_of, num_changed, schema_of
+from kleash.weights.manifest import encoded_bytes, key_of, manifest_hash, num_changed, schema_of
 from kleash.weights.squash import squash_versions
 from kleash.weights.v1 import weights_pb2
 
@@ -122,7 +122,12 @@ class Store:
             self._head = key
         for listener in list(self.listeners):
             listener()
-        self._prune()
+        # A plan that is being made reads what pruning would remove; there is a next commit.
+        if self._planning.acquire(blocking=False):
+            try:
+                self._prune()
+            finally:
+                self._planning.release()
 
     def discard(self, object_id: bytes) -> None:
         """Forget a version that was not committed."""
@@ -303,15 +308,24 @@ def read_folder(folder: Path) -> list[Stored]:
     """What a store's folder holds; a manifest that cannot be read is named in the log and left."""
     found = []
     for path in folder.glob("*.manifest"):
-        try:
-            manifest = weights_pb2.Manifest.FromString(path.read_bytes())
-        except DecodeError:
+        manifest = _read_manifest(path)
+        if manifest is None:
             logger.warning("%s is not a manifest; it is left out", path)
             continue
         file = path.with_suffix(".object")
         if file.is_file() and file.stat().st_size == encoded_bytes(manifest):
             found.append(Stored(manifest, file, path.stat().st_mtime))
-    return sorted(found, key=lambda it: it.stored_at_s)
+    # The clock of a file system is coarse: versions of one moment are in their own order.
+    return sorted(found, key=lambda it: (it.stored_at_s, it.manifest.fence, it.manifest.version))
+
+
+def _read_manifest(path: Path) -> weights_pb2.Manifest | None:
+    """None when the file is damaged: replicas would refuse it."""
+    try:
+        manifest = weights_pb2.Manifest.FromString(path.read_bytes())
+    except DecodeError:
+        return None
+    return manifest if manifest_hash(manifest) == manifest.manifest_hash else None
 
 
 def describe(stored: Stored, is_committed: bool) -> weights_pb2.VersionInfo:

@@ -150,7 +150,13 @@ class Publisher:
         pending = self._encode(model, version)
         manifest = pending.manifest
         check = partial(self._check_canary, self._expected_canary())
-        report = self._coordinator.publish(manifest, check)
+        try:
+            report = self._coordinator.publish(manifest, check)
+        except PreconditionFailed:
+            # Maybe the file was damaged: another attempt encodes the version again.
+            self.store.discard(manifest.manifest_hash)
+            self._pending = None
+            raise
         self._advance(pending)
         shapes = self._schema.values()
         return PublishReport(
