@@ -307,7 +307,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def read_folder(folder: Path) -> list[Stored]:
     """What a store's folder holds; a manifest that cannot be read is named in the log and left."""
     found = []
-    for path in folder.glob("*.manifest"):
+    for path in folder.glob("[!.]*.manifest"):
         manifest = _read_manifest(path)
         if manifest is None:
             logger.warning("%s is not a manifest; it is left out", path)

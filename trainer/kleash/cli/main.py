@@ -54,6 +54,11 @@ COMMANDS = {
     "serve": Command(
         "kleash.cli.serve:run", "serve", "one or more of policy, reward, reference as a gRPC server"
     ),
+    "weights": Command(
+        "kleash.cli.weights:run",
+        "serve",
+        "inspect, history or verify: published versions and what a replica serves",
+    ),
 }
 
 
