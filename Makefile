@@ -42,6 +42,7 @@ imports: $(STAMP)
 
 bench: $(STAMP)  ## the benchmarks, quickly; full runs are described in benchmarks/README.md
 	$(BIN)/python benchmarks/ppo_step.py --quick
+	$(BIN)/python benchmarks/weights.py --quick
 
 # The generator needs protobuf < 7, the runtime takes 6 and 7: it lives in an environment of its own.
 $(PROTO_VENV)/.installed:
