@@ -171,8 +171,10 @@ def _fleet(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any
     models = {"demo, F32": (demo_model(folder / "demo"), "float32")}
     if not options.quick:
         models["larger, BF16"] = (larger_model(folder / "larger"), "bfloat16")
+    models["demo, F32, generating"] = models["demo, F32"]
     rows: dict[str, dict[str, Any]] = {}
     for name, (model, dtype) in models.items():
+        is_generating = name.endswith("generating")
         print(f"\n{name}, median of {rounds} full and {4 * rounds} delta publications")
         print(
             f"  {'replicas':<10}{'':<7}{'MiB sent':>9}{'of':>8}{'encode ms':>11}{'all ms':>9}"
@@ -180,7 +182,9 @@ def _fleet(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any
         )
         rows[name] = {}
         for count in counts:
-            rows[name][str(count)] = found = publish_rounds(model, count, dtype, rounds)
+            rows[name][str(count)] = found = publish_rounds(
+                model, count, dtype, rounds, is_generating=is_generating
+            )
             for kind, it in found.items():
                 print(
                     f"  {count:<10}{kind:<7}{it['bytes'] / 2**20:>9.2f}"
@@ -189,7 +193,7 @@ def _fleet(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any
                     f"{it['trainer_excess_mib']:>9.1f}{it['replica_excess_mib']:>9.1f}"
                     f"  ({it['trainer_anonymous_mib']:.1f}, {it['replica_anonymous_mib']:.1f})"
                 )
-        if options.quick:  # it takes processes of its own
+        if options.quick or is_generating:  # it takes processes of its own
             continue
         rows[name]["delta_memory_mib"] = alone = delta_memory(model, dtype)
         print(
@@ -200,7 +204,7 @@ def _fleet(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any
 
 
 def _summarize_fleet(fleet: dict[str, dict[str, Any]], step_s: float) -> dict[str, Any]:
-    demo = fleet["demo, F32"]
+    demo, busy = fleet["demo, F32"], fleet["demo, F32, generating"]
     larger = fleet.get("larger, BF16", demo)
     one = larger["1"]
     excess = {
@@ -215,6 +219,9 @@ def _summarize_fleet(fleet: dict[str, dict[str, Any]], step_s: float) -> dict[st
         "publish_larger_s": _seconds(larger),
         "step_s": round(step_s, 3),
         "pause_frac_of_step": round(demo["1"]["delta"]["pause_s"] / step_s, 5),
+        "pause_frac_of_step_generating": {
+            count: round(row["delta"]["pause_s"] / step_s, 5) for count, row in busy.items()
+        },
         "rss_excess_mib": {name: round(value, 1) for name, value in excess.items()},
     }
 

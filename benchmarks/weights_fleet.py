@@ -7,6 +7,7 @@ of its own, so that its peak memory is its own: ``python benchmarks/weights_flee
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -92,15 +93,18 @@ def reset_peak(process_id: int) -> None:
     Path(f"/proc/{process_id}/clear_refs").write_text("5")
 
 
-def publish_rounds(model: Path, count: int, dtype: str, rounds: int) -> dict[str, Any]:
+def publish_rounds(
+    model: Path, count: int, dtype: str, rounds: int, *, is_generating: bool = False
+) -> dict[str, Any]:
     """Seconds, pause, bytes and memory of full and delta publications to ``count`` replicas.
 
     One that loads a checkpoint serves weights that the trainer's shadow does not know, so its first
-    publication is a full one. Every round starts with new processes.
+    publication is a full one. Every round starts with new processes. With ``is_generating`` every
+    replica decodes responses meanwhile, and the pause is that of running responses.
     """
     kinds: dict[str, list[dict[str, Any]]] = {"full": [], "delta": []}
     for _ in range(rounds):
-        for row in _publish_run(model, count, dtype, is_known=False):
+        for row in _publish_run(model, count, dtype, is_known=False, is_generating=is_generating):
             kinds[row["kind"]].append(row)
     return {kind: _medians(rows) for kind, rows in kinds.items()}
 
@@ -117,7 +121,9 @@ def delta_memory(model: Path, dtype: str) -> dict[str, float]:
     }
 
 
-def _publish_run(model: Path, count: int, dtype: str, *, is_known: bool) -> list[dict[str, Any]]:
+def _publish_run(
+    model: Path, count: int, dtype: str, *, is_known: bool, is_generating: bool = False
+) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with replicas(model, count, dtype, folder / "logs") as found:
@@ -127,6 +133,7 @@ def _publish_run(model: Path, count: int, dtype: str, *, is_known: bool) -> list
                 "replicas": found,
                 "deltas": 4,
                 "is_known": is_known,
+                "is_generating": is_generating,
             }
             path = folder / "spec.json"
             path.write_text(json.dumps(spec))
@@ -179,6 +186,9 @@ def trainer(spec: dict[str, Any]) -> list[dict[str, Any]]:
         publisher = Publisher(
             clients, store, run_id="benchmark", fence=1, store_address=server.address
         )
+        if spec["is_generating"]:
+            for address, _ in spec["replicas"]:
+                stack.enter_context(_generating(address))
         everyone = [os.getpid(), *(it for _, it in spec["replicas"])]
         start = [memory(it)["VmRSS"] / MIB for it in everyone]
         for version in range(1, spec["deltas"] + 2):
@@ -189,6 +199,36 @@ def trainer(spec: dict[str, Any]) -> list[dict[str, Any]]:
                 anchors = [it for it in store.versions() if not it.base_digest]
                 rows[0]["bytes"] = sum(it.encoded_bytes for it in anchors)
     return rows
+
+
+@contextlib.contextmanager
+def _generating(address: str) -> Iterator[None]:
+    """Keep a replica busy with 32 responses at a time until the end."""
+    import numpy as np
+
+    from kleash.client.policy import PolicyClient
+    from kleash.client.types import Prompt, Sampling
+
+    is_over, has_begun = threading.Event(), threading.Event()
+    prompts = [Prompt(str(index), np.array([5, 6, 7], np.int32), 1) for index in range(32)]
+
+    def work() -> None:
+        with PolicyClient(address, checks_health=False) as policy:
+            for seed in itertools.count():
+                sampling = Sampling(seed, max_new_tokens=48, stop_token_ids=(0,))
+                for _ in policy.generate(prompts, sampling):
+                    has_begun.set()
+                if is_over.is_set():
+                    return
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    has_begun.wait(START_S)
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _publish(
