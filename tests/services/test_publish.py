@@ -398,6 +398,42 @@ def test_a_late_joiner_takes_one_squashed_delta(tiny_folder: Path, trainer: Trai
             late.weights.get_weights(audit=True)
 
 
+def test_catching_up_goes_on_after_an_error(
+    tiny_folder: Path, trained: Any, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong once, the replica tries again as long as it lives."""
+    with started(tiny_folder) as first:
+        publisher = trainer.publisher([first])
+        settings: dict[str, Any] = {"weights": {"publisher": trainer.address}}
+        with started(tiny_folder, **settings) as late:
+            prepare, calls = late.engine.weights.prepare, itertools.count()
+
+            def broken(*arguments: Any) -> Any:
+                if next(calls) == 0:
+                    raise OSError("the disk is on fire")
+                return prepare(*arguments)
+
+            monkeypatch.setattr(late.engine.weights, "prepare", broken)
+            publisher.publish(trained, 1)
+            wait_until(late.is_ready, "a replica that serves version 1")
+            assert next(calls) > 1
+
+
+def test_a_damaged_anchor_is_made_again(tiny_folder: Path, trained: Any, trainer: Trainer) -> None:
+    """A bit that flips in the publisher's files blocks nobody."""
+    with started(tiny_folder) as first:
+        publisher = trainer.publisher([first])
+        publisher.publish(trained, 1)
+        (anchor,) = (it for it in trainer.store.folder.glob("*.object") if it.stat().st_size)
+        data = bytearray(anchor.read_bytes())
+        data[len(data) // 2] ^= 1
+        anchor.write_bytes(data)
+    with started(tiny_folder) as second:
+        publisher._coordinator.replicas[0] = second.weights
+        report = publisher.publish(trained, 1)
+        assert second.digest == report.digest == model_digest(trained)
+
+
 def test_peers_serve_peers(tiny_folder: Path, trained: Any, trainer: Trainer) -> None:
     """With one flat replica the second fetches from the first, and the third from it as well."""
     with fleet(tiny_folder, 3) as replicas:

@@ -325,7 +325,12 @@ def test_an_object_of_no_bytes_is_complete(tmp_path: Path) -> None:
 def test_a_spool_keeps_what_it_is_told_to(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     one, two, three = (spool.create(name, 10) for name in (b"1", b"2", b"3"))
-    assert spool.create(b"1", 10) is one is spool.get(b"1")
+    one.release()
+    assert spool.create(b"1", 10) is one is spool.get(b"1")  # claimed again: one thread fills it
+    other = spool.create(b"1", 10)
+    assert other is not one
+    assert not one.path.exists()
+    one = other
     scratch = spool.scratch(10)
     assert len(list(tmp_path.iterdir())) == 4
     spool.keep_only({b"1", b"2", b"9"})

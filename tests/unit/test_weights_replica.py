@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from kleash.client.types import Prompt, Sampling
 from kleash.lm.digest import canonical_tensors, model_digest
 from kleash.lm.load import load_causal_lm
 from kleash.policy.config import PolicyConfig, PolicyLimits
 from kleash.policy.engine import Engine
-from kleash.policy.local import LocalWeights
-from kleash.policy.replica import QUARANTINED, SERVING, STAGED
+from kleash.policy.local import LocalPolicy, LocalWeights
+from kleash.policy.replica import QUARANTINED, SERVING, STAGED, wait_for_commit
 from kleash.ppo.publish import Publisher, served_schema, words_of
 from kleash.rpc.errors import (
     Cancelled,
@@ -29,7 +30,7 @@ from kleash.rpc.errors import (
     Unavailable,
 )
 from kleash.weights.encoder import Shadow, encode_shards, merge
-from kleash.weights.manifest import key_of, manifest_hash
+from kleash.weights.manifest import key_of, manifest_hash, result_digest
 from kleash.weights.store import Store
 from kleash.weights.v1 import weights_pb2
 
@@ -303,8 +304,6 @@ def test_a_promise_that_is_not_kept_is_refused(world: World, trained: Any) -> No
     entry = manifest.tensors[1]
     entry.digest = bytes(8)
     manifest.result_digest = ""
-    from kleash.weights.manifest import result_digest
-
     manifest.result_digest = result_digest(manifest)
     manifest.manifest_hash = manifest_hash(manifest)
     file = world.store.folder / "lie"
@@ -361,9 +360,6 @@ def test_weights_that_cannot_be_restored_are_quarantined(
     assert caught.value.reason == "QUARANTINED"
     assert world.weights.get_weights().state == QUARANTINED
     assert not world.weights.is_ready()
-    from kleash.client.types import Prompt, Sampling
-    from kleash.policy.local import LocalPolicy
-
     policy = LocalPolicy(world.engine)
     prompt = Prompt("p", np.array([5, 6], np.int32))
     with pytest.raises(Unavailable) as refusal:
@@ -465,6 +461,76 @@ def test_abort_ends_a_preparation(world: World, trained: Any) -> None:
     thread.join()
     assert isinstance(outcome[0], Cancelled)
     assert world.weights.get_weights().state == SERVING
+
+
+def test_an_older_version_does_not_displace_a_staged_one(world: World, trained: Any) -> None:
+    """A replica that catches up to the head while the next version waits for its commit."""
+    older, newer = world.version(trained, 5), world.version(trained, 6)
+    world.prepare(newer)
+    error = refused(world, lambda: world.prepare(older), Overloaded)
+    assert error.reason == "PUBLISH_IN_PROGRESS"
+    assert world.commit(newer).version == 6
+
+
+def test_a_commit_that_gave_way_is_answered(world: World, trained: Any) -> None:
+    """Aborted while it waits for running responses to end."""
+    manifest = world.version(trained)
+    world.prepare(manifest)
+    policy = LocalPolicy(world.engine)
+    gate = threading.Event()
+    handle = world.model.lm_head.register_forward_pre_hook(lambda *_: gate.wait(20) and None)
+    prompt = Prompt("p", np.array([5, 6], np.int32))
+    sampling = Sampling(0, 20, stop_token_ids=(0,))
+    reader = threading.Thread(target=lambda: list(policy.generate([prompt], sampling)))
+    reader.start()
+    commit = world.weights.begin_commit(key_of(manifest), "drain")
+    assert commit is not None
+    world.weights.abort(key_of(manifest))
+    with pytest.raises(Cancelled, match="given up"):
+        wait_for_commit(commit, key_of(manifest))
+    gate.set()
+    handle.remove()
+    reader.join()
+    assert world.weights.get_weights().version == 0
+
+
+def test_a_rollback_drops_what_was_staged_on_it(
+    world: World, trained: Any, tiny_folder: Path
+) -> None:
+    """An anchor that was prepared on top of a version would restore that version's words."""
+    first = world.version(trained, 1)
+    world.put_in_place(first)
+    second = world.version(moved(tiny_folder, 4), 2, is_anchor=True)
+    world.prepare(second)
+    LocalWeights(world.engine).rollback(key_of(first))
+    error = refused(world, lambda: world.commit(second), PreconditionFailed)
+    assert error.reason == "NOT_STAGED"
+    world.put_in_place(second)
+    LocalWeights(world.engine).rollback(key_of(second))
+    assert model_digest(world.model) == world.base[1]
+    world.weights.audit()
+
+
+def test_given_up_versions_leave_no_files(world: World, trained: Any, tiny_folder: Path) -> None:
+    for version in range(1, 4):
+        manifest = world.version(moved(tiny_folder, version), version, is_anchor=True)
+        gate, thread, _ = start_slow_prepare(world, manifest)
+        world.weights.abort(key_of(manifest))
+        gate.may_go_on.set()
+        thread.join()
+    last = world.version(trained, 9, is_anchor=True)
+    world.put_in_place(last)
+    sizes = sorted(path.stat().st_size for path in world.weights.spool.folder.iterdir())
+    dense = sum(tensor.nbytes for tensor in canonical_tensors(world.model).values())
+    assert sizes == sorted([world.object_of(last).stat().st_size, dense])
+
+
+def test_what_an_older_trainer_required_does_not_count(world: World, trained: Any) -> None:
+    world.prepare(world.version(trained, 12), required_version=12)
+    manifest = world.version(trained, 10, fence=2)
+    world.put_in_place(manifest)
+    assert world.weights.get_weights().required_version == 0
+    assert world.weights.is_ready()
 
 
 def test_readiness_follows_the_required_version(world: World, trained: Any) -> None:

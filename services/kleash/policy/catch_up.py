@@ -12,7 +12,7 @@ import logging
 import threading
 
 from kleash.client.weights import WeightsStoreClient
-from kleash.policy.replica import WeightsReplica
+from kleash.policy.replica import WeightsReplica, wait_for_commit
 from kleash.rpc.errors import ServiceError
 from kleash.weights.manifest import describe_key
 from kleash.weights.v1 import weights_pb2
@@ -56,9 +56,10 @@ class CatchUp:
                 if str(error) != last:  # a publisher that is away for long is told once
                     logger.info("catching up with the publisher: %s", error)
                 last = str(error)
-            except ValueError:  # gRPC's answer to a call on a channel that stop() has closed
-                if not self._stopping.is_set():
-                    raise
+            except Exception:  # the thread must live as long as the replica does
+                if self._stopping.is_set():  # stop() has closed the channel
+                    return
+                logger.exception("catching up has failed; trying again")
 
     def _reach(self, head: weights_pb2.VersionKey) -> None:
         """Prepare and commit ``head``, which is committed already: nobody needs to be asked."""
@@ -67,4 +68,4 @@ class CatchUp:
         self._replica.prepare(request, [self._store])
         commit = self._replica.begin_commit(head)
         if commit is not None:
-            commit.result()
+            wait_for_commit(commit, head)

@@ -14,6 +14,7 @@ from kleash.lm.decode import Decoded
 from kleash.policy.config import PolicyConfig
 from kleash.policy.decode_loop import finished_or_error
 from kleash.policy.engine import Engine
+from kleash.policy.replica import wait_for_commit
 from kleash.policy.requests import encode
 from kleash.policy.v1 import policy_pb2
 from kleash.policy.weights_servicer import MODES, check_canary, rolled_back
@@ -91,7 +92,7 @@ class LocalWeights:
     ) -> weights_pb2.CommitResponse:
         """Put a staged version in place."""
         commit = self._replica.begin_commit(key, MODES[in_flight], timeout_s)
-        done = commit.result() if commit is not None else None
+        done = wait_for_commit(commit, key) if commit is not None else None
         return self._replica.commit_response(key, done)
 
     def abort(self, key: weights_pb2.VersionKey) -> weights_pb2.AbortResponse:
@@ -100,7 +101,7 @@ class LocalWeights:
 
     def rollback(self, key: weights_pb2.VersionKey) -> weights_pb2.RollbackResponse:
         """Go back to the version before ``key``."""
-        self._replica.begin_rollback(key).result()
+        wait_for_commit(self._replica.begin_rollback(key), key)
         return rolled_back(self._replica)
 
     def check_canary(self, token_ids: bytes) -> weights_pb2.CheckCanaryResponse:

@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,6 +110,7 @@ class WeightsReplica:
         """What is served now."""
         with self._lock:
             key = self._key
+            fence, required = self._required
             return weights_pb2.GetWeightsResponse(
                 run_id=key.run_id if key else "",
                 fence=self._fence,
@@ -117,16 +118,17 @@ class WeightsReplica:
                 digest=self._digest,
                 schema_digest=self._live.schema_digest,
                 state=self._state(),
-                required_version=self._required[1],
+                required_version=required if fence >= (key.fence if key else 0) else 0,
                 served=key,
             )
 
     def audit(self) -> None:
         """Compute the digest of all weights again. Raises InternalError when it is another."""
-        found = self._loop.run(self._live.audit).result()
-        if found != self._digest:
+        # Both in the decoding thread, where no commit can come between them.
+        found, served = self._loop.run(lambda: (self._live.audit(), self._digest)).result()
+        if found != served:
             raise InternalError(
-                f"the weights in memory have digest {found}, and {self._digest} is served; "
+                f"the weights in memory have digest {found}, and {served} is served; "
                 "restart this replica.",
                 reason="DIGEST_MISMATCH",
             )
@@ -150,6 +152,7 @@ class WeightsReplica:
                 return
             self._awaits_publisher = False
             if key.fence >= self._fence:
+                self._fence = key.fence
                 self._require(key.fence, key.version)
 
     # ----------------------------------------------------------------------------------- prepare
@@ -201,12 +204,14 @@ class WeightsReplica:
                 request,
                 sources,
                 have="" if self._is_quarantined else self._digest,
+                keep=self._before.staged.object_ids if self._before else set(),
                 on_progress=on_progress,
                 is_cancelled=preparation.is_cancelled.is_set,
             )
             with self._lock:
                 if preparation.is_cancelled.is_set():
-                    raise _superseded(preparation.key)
+                    staged.close_saved()
+                    raise superseded(preparation.key)
                 self._staged, self._preparation = staged, None
         except BaseException as error:
             with self._lock:
@@ -261,7 +266,7 @@ class WeightsReplica:
         """In the decoding thread: the whole version or nothing."""
         with self._lock:
             if self._staged is not staged:
-                raise _superseded(staged.key)
+                raise superseded(staged.key)
             self._is_committing = True
         try:
             self._live.apply(staged.steps, staged.saved, staged.key.digest)
@@ -280,13 +285,13 @@ class WeightsReplica:
             self._key, self._digest, self._staged = staged.key, staged.key.digest, None
             was_quarantined = self._is_quarantined
             self._is_quarantined = was_quarantined and not is_anchor
+        self._show(old_digest)
         if was_quarantined and is_anchor:
             self._loop.refuse(None)
             metrics.POLICY_QUARANTINED.set(0)
         if old is not None:
             old.staged.close_saved()
-        self.spool.keep_only({step.manifest.manifest_hash for step in staged.steps})
-        self._show(old_digest)
+        self.spool.keep_only(staged.object_ids)
         metrics.WEIGHTS_UPDATE_BYTES.inc(staged.fetched_bytes)
         metrics.WEIGHTS_UPDATE_SECONDS.observe(time.monotonic() - staged.began)
 
@@ -308,7 +313,10 @@ class WeightsReplica:
         """
         with self._lock:
             self._take_fence(key)
-            self._check_rollback(key)
+            staged = self._staged
+            is_under_way = staged is not None and staged.key == key and staged.commit is not None
+            if not is_under_way:  # else it is asked again behind the commit
+                self._check_rollback(key)
         return self._loop.commit(partial(self._take_back, key), "keep")
 
     def _check_rollback(self, key: weights_pb2.VersionKey) -> _Before:
@@ -336,8 +344,16 @@ class WeightsReplica:
         with self._lock:
             old_digest = self._digest
             self._key, self._digest, self._before = before.key, before.digest, None
-        before.staged.close_saved()
+            # What was prepared is a change of the weights that were taken back.
+            if self._preparation is not None:
+                self._preparation.is_cancelled.set()
+            staged, self._staged = self._staged, None
         self._show(old_digest)
+        before.staged.close_saved()
+        if staged is not None:
+            if staged.commit is not None:
+                staged.commit.cancel()
+            staged.close_saved()
 
     # ------------------------------------------------------------------------------------- helpers
 
@@ -402,6 +418,12 @@ class WeightsReplica:
         staged = self._staged
         if staged is None:
             return
+        if (key.fence, key.version) < (staged.key.fence, staged.key.version):
+            raise Overloaded(
+                f"{describe_key(staged.key)} is staged and newer; try again when it is committed.",
+                reason="PUBLISH_IN_PROGRESS",
+                retry_after_s=BUSY_RETRY_S,
+            )
         if staged.commit is not None and not staged.commit.cancel() and not staged.commit.done():
             raise Overloaded(
                 f"{describe_key(staged.key)} is being committed; try again when that is over.",
@@ -419,7 +441,11 @@ class WeightsReplica:
 
     def _quarantine(self, error: UndoFailedError) -> None:
         with self._lock:
+            kept = [self._staged, self._before.staged if self._before else None]
             self._is_quarantined, self._before, self._staged = True, None, None
+        for staged in kept:
+            if staged is not None:
+                staged.close_saved()
         self._loop.refuse(quarantined)
         metrics.POLICY_QUARANTINED.set(1)
         metrics.WEIGHTS_UPDATE_FAILURES.inc()
@@ -436,13 +462,24 @@ class WeightsReplica:
         metrics.POLICY_WEIGHTS_VERSION.set(version)
 
 
+def wait_for_commit(
+    commit: Future[Committed[None]], key: weights_pb2.VersionKey
+) -> Committed[None]:
+    """The outcome of a commit. Raises what it raised, Cancelled when it gave way."""
+    try:
+        return commit.result()
+    except CancelledError:
+        raise superseded(key) from None
+
+
 def _is_staged(staged: Staged) -> weights_pb2.PrepareResponse:
     return weights_pb2.PrepareResponse(
         state=STAGED, fetched_bytes=staged.fetched_bytes, total_bytes=staged.fetched_bytes
     )
 
 
-def _superseded(key: weights_pb2.VersionKey) -> Cancelled:
+def superseded(key: weights_pb2.VersionKey) -> Cancelled:
+    """Of a call whose version has given way."""
     return Cancelled(
         f"the preparation of {describe_key(key)} was given up: it was aborted, or a newer one took "
         "its place.",

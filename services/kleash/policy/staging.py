@@ -32,6 +32,11 @@ class Staged:
     commit: Future[Committed[None]] | None = None
     """Its commit, once asked for."""
 
+    @property
+    def object_ids(self) -> set[bytes]:
+        """Objects of its steps."""
+        return {step.manifest.manifest_hash for step in self.steps}
+
     def close_saved(self) -> None:
         """The version is not taken back any more."""
         if self.saved is not None:
@@ -51,16 +56,19 @@ def stage(
     sources: Sequence[Source],
     *,
     have: str,
+    keep: set[bytes],
     on_progress: OnProgress,
     is_cancelled: Callable[[], bool],
 ) -> Staged:
     """Everything of a commit that does not touch the live weights.
 
-    ``have`` is their digest, empty when they are of no version. Raises what
-    ``WeightsReplica.prepare`` names.
+    ``have`` is their digest, empty when they are of no version; ``keep`` are the objects that may
+    be needed to go back. Raises what ``WeightsReplica.prepare`` names.
     """
     began = time.monotonic()
     manifests = _plan(live, request, sources, have)
+    # What was fetched for a version that was given up makes room.
+    spool.keep_only(keep | {manifest.manifest_hash for manifest in manifests})
     total, done = sum(map(encoded_bytes, manifests)), 0
 
     def progress(num_bytes: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from kleash.client.weights import WeightsStoreClient
 from kleash.lm.frozen import FrozenModel
 from kleash.lm.log_probs import response_log_probs
 from kleash.lm.sequences import TokenSequence, pack
-from kleash.policy.commits import InFlight
+from kleash.policy.commits import Committed, InFlight
 from kleash.policy.decode_loop import DecodeLoop
-from kleash.policy.replica import PREPARING, WeightsReplica
+from kleash.policy.replica import PREPARING, WeightsReplica, superseded
 from kleash.rpc.errors import InvalidRequest
 from kleash.rpc.requests import unknown_id
 from kleash.weights.v1 import weights_pb2, weights_pb2_grpc
@@ -96,8 +96,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         commit = self._replica.begin_commit(
             request.key, MODES[request.in_flight], left * DEADLINE_MARGIN if left else None
         )
-        # Shielded: a caller that goes away must not cancel a commit that others wait for.
-        done = await asyncio.shield(asyncio.wrap_future(commit)) if commit is not None else None
+        done = await _outcome(commit, request.key) if commit is not None else None
         return self._replica.commit_response(request.key, done)
 
     async def Abort(
@@ -110,7 +109,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self, request: weights_pb2.RollbackRequest, context: Any
     ) -> weights_pb2.RollbackResponse:
         """Go back by one version."""
-        await asyncio.wrap_future(self._replica.begin_rollback(request.key))
+        await _outcome(self._replica.begin_rollback(request.key), request.key)
         return rolled_back(self._replica)
 
     async def GetWeights(
@@ -128,6 +127,16 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         return await asyncio.to_thread(
             check_canary, self._loop, self._frozen, self._replica, request.token_ids
         )
+
+
+async def _outcome(commit: Future[Committed[None]], key: weights_pb2.VersionKey) -> Committed[None]:
+    """As wait_for_commit. A caller that goes away does not cancel what others wait for."""
+    try:
+        return await asyncio.shield(asyncio.wrap_future(commit))
+    except asyncio.CancelledError:
+        if commit.cancelled():
+            raise superseded(key) from None
+        raise
 
 
 def _seen(prepared: asyncio.Future[Any]) -> None:

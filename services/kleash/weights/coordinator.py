@@ -56,6 +56,13 @@ class Replica(Protocol):
     def check_canary(self, token_ids: bytes) -> weights_pb2.CheckCanaryResponse: ...
 
 
+Check = Callable[[int, Replica], None]
+"""Looks at a replica, by its index, that has committed; what it raises is a failed commit."""
+
+CANARY_MISMATCH = "CANARY_MISMATCH"
+"""Reason of a check that no quorum outvotes: the version is right, and is computed wrongly."""
+
+
 @dataclass(frozen=True)
 class FleetSettings:
     """How a version is brought to the replicas."""
@@ -103,11 +110,10 @@ class Coordinator:
     def publish(
         self,
         manifest: weights_pb2.Manifest,
-        check: Callable[[int, Replica], None] = lambda _index, _replica: None,
+        check: Check = lambda _index, _replica: None,
     ) -> FleetReport:
         """Make a stored version the served one at all replicas, or at none.
 
-        ``check`` looks at a replica that has committed; what it raises counts as a failed commit.
         Raises the first replica's ServiceError when too few replicas follow.
         """
         key, store = key_of(manifest), self._store
@@ -122,7 +128,8 @@ class Coordinator:
         store.record("deciding", key, replicas=sorted(staged))
         committed, late = self._each(sorted(staged), lambda index: self._commit(index, key, check))
         failures |= late
-        if len(committed) < self.needed:
+        is_off = any(error.reason == CANARY_MISMATCH for error in late.values())
+        if len(committed) < self.needed or is_off:
             for index in staged:
                 self._take_back(index, key)
             store.record("given_up", key, phase="commit")
@@ -137,10 +144,12 @@ class Coordinator:
         store.commit(key)
         return FleetReport(committed, failures)
 
-    def catch_up(self, index: int, key: weights_pb2.VersionKey) -> weights_pb2.CommitResponse:
+    def catch_up(
+        self, index: int, key: weights_pb2.VersionKey, check: Check
+    ) -> weights_pb2.CommitResponse:
         """Bring one replica to a committed version, whatever it serves. Raises ServiceError."""
         self._prepare(index, self._request(key, None))
-        return self._commit(index, key, lambda _index, _replica: None)
+        return self._commit(index, key, check)
 
     def sources(self, index: int) -> list[str]:
         """Addresses of the stores from which a replica fetches, in order."""
@@ -170,7 +179,7 @@ class Coordinator:
         )
 
     def _commit(
-        self, index: int, key: weights_pb2.VersionKey, check: Callable[[int, Replica], None]
+        self, index: int, key: weights_pb2.VersionKey, check: Check
     ) -> weights_pb2.CommitResponse:
         replica = self.replicas[index]
         response = replica.commit(

@@ -10,6 +10,7 @@ import xxhash
 
 from kleash.rpc.errors import (
     Cancelled,
+    NotFound,
     Overloaded,
     PreconditionFailed,
     ServiceError,
@@ -81,6 +82,9 @@ def fetch_object(
                     )
                 except (Overloaded, Cancelled):
                     raise
+                except NotFound as error:  # it will not come by asking again
+                    failure = error
+                    break
                 except ServiceError as error:
                     failure = error
                 attempts = 0 if target.available > before else attempts + 1
@@ -92,6 +96,8 @@ def fetch_object(
         is_known = isinstance(error, ServiceError)
         target.fail(error if is_known else Unavailable("the fetch has failed; see the log."))
         raise
+    finally:
+        target.release()
 
 
 def _take(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import mmap
 import os
 import shutil
@@ -23,6 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from kleash.rpc.errors import NotFound, Overloaded, ServiceError, Unavailable
+
+logger = logging.getLogger(__name__)
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,6 +42,7 @@ class SpoolObject:
         self.size = size
         self.available = 0
         self._failure: ServiceError | None = None
+        self._is_claimed = True
         self._grown = threading.Condition()
         self._map: mmap.mmap | None = None
         with _disk(path, size):
@@ -53,13 +57,25 @@ class SpoolObject:
         """Whether all bytes are here."""
         return self.available == self.size
 
+    def claim(self) -> bool:
+        """Become the one thread that fills it; False when another does."""
+        with self._grown:
+            is_free, self._is_claimed = not self._is_claimed, True
+            return is_free
+
+    def release(self) -> None:
+        """Somebody else may fill it."""
+        with self._grown:
+            self._is_claimed = False
+
     def append(self, data: bytes | memoryview) -> None:
         """Add the next bytes. Raises Overloaded (SPOOL_FULL)."""
         assert self.available + len(data) <= self.size, "more bytes than the object has"
         with _disk(self.path, self.size):
-            view = memoryview(data)
+            view, offset = memoryview(data), self.available
             while view:
-                view = view[os.write(self._descriptor, view) :]
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
         with self._grown:
             self.available += len(data)
             self._grown.notify_all()
@@ -107,7 +123,10 @@ class SpoolObject:
     def close(self) -> None:
         """Remove the file. Who still reads it goes on."""
         self.fail(NotFound("the object is not kept any more; ask for a new plan."))
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:  # a commit must not fail for a file that nobody needs
+            logger.warning("cannot remove %s: %s", self.path, error.strerror)
 
 
 class Spool:
@@ -126,10 +145,13 @@ class Spool:
         self._count = 0
 
     def create(self, object_id: bytes, size: int) -> SpoolObject:
-        """A new object, or the one that has begun to arrive. Raises Overloaded (SPOOL_FULL)."""
+        """An object for the caller to fill, which may have begun to arrive; or a complete one.
+
+        One that another thread still fills is left to it. Raises Overloaded (SPOOL_FULL).
+        """
         with self._lock:
             known = self._objects.get(object_id)
-            if known is not None and known.size == size:
+            if known is not None and known.size == size and (known.is_complete or known.claim()):
                 return known
             if known is not None:
                 known.close()

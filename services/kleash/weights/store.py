@@ -23,11 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
 from google.protobuf.message import DecodeError
 
 from kleash.rpc.errors import NotFound, PreconditionFailed, Unavailable
 from kleash.weights.fetch import CHUNK_BYTES, chunk
-from kleash.weights.manifest import encoded_bytes, key_of, manifest_hash, num_changed, schema_of
+from kleash.weights.manifest import (
+    encoded_bytes,
+    key_of,
+    manifest_hash,
+    num_changed,
+    places,
+    schema_of,
+)
 from kleash.weights.squash import squash_versions
 from kleash.weights.v1 import weights_pb2
 
@@ -99,6 +108,8 @@ class Store:
     def put(self, manifest: weights_pb2.Manifest, object_file: Path) -> Stored:
         """Take in a version whose object is in ``object_file``, which is moved."""
         name = manifest.manifest_hash.hex()
+        with object_file.open("rb") as file:
+            os.fsync(file.fileno())  # a crash of the machine must not leave a name without bytes
         os.replace(object_file, self.folder / f"{name}.object")
         partial = self.folder / f".{name}.manifest"
         partial.write_bytes(manifest.SerializeToString())
@@ -201,11 +212,13 @@ class Store:
         stored = self._ordered()
         deltas = [it for it in stored if it.manifest.base_digest]
         anchors = [it for it in stored if not it.manifest.base_digest]
-        ways = [
-            self._squashed(path)
-            for path in (_path(deltas, have, want), _path(stored, have, want))
-            if path is not None
-        ]
+        paths = [_path(deltas, have, want), _path(stored, have, want)]
+        if damaged := {it.object_id for path in paths for it in path or [] if not is_sound(it)}:
+            for object_id in damaged:
+                logger.warning("object %s is damaged and left out", object_id.hex()[:12])
+                self.discard(object_id)
+            return self._shortest(have, want)
+        ways = [self._squashed(path) for path in paths if path is not None]
         best = min(ways, key=_size, default=None)
         whole = anchors[-1].size if anchors else _dense_bytes(stored[-1].manifest) if stored else 0
         limit = whole * (1 + ANCHOR_RATIO) if best and not best[0].manifest.base_digest else whole
@@ -326,6 +339,18 @@ def _read_manifest(path: Path) -> weights_pb2.Manifest | None:
     except DecodeError:
         return None
     return manifest if manifest_hash(manifest) == manifest.manifest_hash else None
+
+
+def is_sound(stored: Stored) -> bool:
+    """Whether every part of the object has its hash."""
+    try:
+        data = np.memmap(stored.path, np.uint8, "r") if stored.size else np.empty(0, np.uint8)
+    except (OSError, ValueError):
+        return False
+    return len(data) == stored.size and all(
+        xxhash.xxh3_128_digest(data[offset : offset + part.encoded_bytes].data) == part.xxh3_128
+        for _, part, offset in places(stored.manifest)
+    )
 
 
 def describe(stored: Stored, is_committed: bool) -> weights_pb2.VersionInfo:

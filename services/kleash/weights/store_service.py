@@ -62,6 +62,10 @@ class StoreService:
 
     async def stop(self) -> None:
         """Watchers see the end of their stream."""
+        self.end_watches()
+
+    def end_watches(self) -> None:
+        """Watchers see the end of their stream within a second."""
         self._stopping.set()
 
 

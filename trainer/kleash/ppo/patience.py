@@ -6,12 +6,28 @@ import logging
 import time
 from collections.abc import Callable
 
-from kleash.rpc.errors import ServiceError
+from kleash.rpc.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
+CURABLE_REASONS = ("DIGEST_MISMATCH", "WRONG_BASE", "NOT_STAGED", "QUARANTINED")
+"""Of a publish: a replica that was restarted in between, bytes that were damaged on their way, or
+weights that must come again."""
+
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
+
+
+def is_curable(error: ServiceError) -> bool:
+    """Whether another attempt to bring weights to a replica may succeed."""
+    is_away = isinstance(error, Unavailable | Overloaded | DeadlineExceeded | Cancelled)
+    return is_away or error.reason in CURABLE_REASONS
 
 
 class Patience:

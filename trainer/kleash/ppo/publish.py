@@ -26,7 +26,7 @@ import torch
 from kleash.lm.digest import DTYPE_NAMES, canonical_tensors, schema_digest, tensor_words
 from kleash.ppo.config import PublishConfig
 from kleash.rpc.errors import InternalError, PreconditionFailed, ServiceError
-from kleash.weights.coordinator import Coordinator, FleetSettings, Replica
+from kleash.weights.coordinator import CANARY_MISMATCH, Check, Coordinator, FleetSettings, Replica
 from kleash.weights.encoder import EncodedShards, Shadow, Shard, encode_shards, merge
 from kleash.weights.manifest import Schema, TensorShape, encoded_bytes, num_changed
 from kleash.weights.store import Store, Stored
@@ -130,6 +130,7 @@ class Publisher:
         self._shadow: Shadow | None = None
         self._base = (0, "")
         self._pending: _Pending | None = None
+        self._check: Check = partial(self._check_canary, None)
         self._lock = (
             threading.Lock()
         )  # guards the shadow: anchors are made from it in other threads
@@ -149,9 +150,9 @@ class Publisher:
             return self._repeat(head, begin)
         pending = self._encode(model, version)
         manifest = pending.manifest
-        check = partial(self._check_canary, self._expected_canary())
+        self._check = partial(self._check_canary, self._expected_canary())
         try:
-            report = self._coordinator.publish(manifest, check)
+            report = self._coordinator.publish(manifest, self._check)
         except PreconditionFailed:
             # Maybe the file was damaged: another attempt encodes the version again.
             self.store.discard(manifest.manifest_hash)
@@ -177,13 +178,16 @@ class Publisher:
         Raises PermissionDenied when another trainer has taken the replica over.
         """
         head = self.store.head
-        assert head is not None, "ensure before publish"
-        assert head.version == version, f"version {head.version} is committed and not {version}"
+        if head is None or head.version != version:
+            raise PreconditionFailed(
+                f"version {version} is not published; {head.version if head else 'none'} is.",
+                reason="NOT_PUBLISHED",
+            )
         if self._coordinator.replicas[replica].get_weights().served != head:
             logger.warning(
                 "policy replica %d does not serve version %d; bringing it there", replica, version
             )
-            self._coordinator.catch_up(replica, head)
+            self._coordinator.catch_up(replica, head, self._check)
 
     @property
     def _schema(self) -> Schema:
@@ -303,7 +307,7 @@ class Publisher:
                 f"policy replica {index} serves the right bits and computes other log-probs: the "
                 f"canary is {gap:.3g} nats off, and rounding makes at most {tolerance:g}; restart "
                 "the replica, and check its engine.",
-                reason="CANARY_MISMATCH",
+                reason=CANARY_MISMATCH,
                 metadata={"gap": f"{gap:.6g}"},
             )
 

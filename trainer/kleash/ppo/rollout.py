@@ -32,9 +32,9 @@ from kleash.client.types import GeneratedSequence, Prompt, Sampling
 from kleash.data.prompts import PromptRecord
 from kleash.lm.sequences import TokenSequence
 from kleash.ppo.config import PPOConfig
-from kleash.ppo.patience import Patience
+from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.services import Services
-from kleash.rpc.errors import Cancelled, Overloaded, PreconditionFailed, Unavailable
+from kleash.rpc.errors import Overloaded, PreconditionFailed, ServiceError, Unavailable
 
 SCORING_THREADS = 4
 """Two calls under way for each scoring service: one computes while the next is decoded."""
@@ -129,6 +129,7 @@ class Collector:
         self, prompts: Sequence[PromptRecord], *, seed: int, weights_version: int
     ) -> Rollout:
         """One response to each prompt, drawn with the weights of ``weights_version``."""
+        self._check_abandoned()
         start = time.monotonic()
         rows = _number_rows(prompts)
         replicas = self._replicas or list(range(len(self.services.policies)))
@@ -163,10 +164,13 @@ class Collector:
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
+            self._check_abandoned()
             for future in done:
                 future.result()
-            if self.is_abandoned():
-                raise RolloutAbandonedError("the rollout was abandoned because the run is to stop.")
+
+    def _check_abandoned(self) -> None:
+        if self.is_abandoned():
+            raise RolloutAbandonedError("the rollout was abandoned because the run is to stop.")
 
 
 class _Task:
@@ -296,7 +300,7 @@ class _Task:
         while missing and not self.is_over.is_set():
             num_aborted = 0
             try:
-                self._ensure_weights(replica, self._weights_version)
+                self._bring_weights(replica)
                 stream = self._services.policies[replica].generate(
                     _requests(missing.values()),
                     self._sampling,
@@ -317,7 +321,7 @@ class _Task:
                         elif row := missing.pop(key, None):
                             patience.start_again()
                             yield row, generated
-            except (Unavailable, Overloaded, Cancelled, PreconditionFailed) as error:
+            except (Unavailable, Overloaded, PreconditionFailed) as error:
                 if isinstance(error, PreconditionFailed) and error.reason != "WEIGHTS_TOO_OLD":
                     raise
                 patience.wait_after(error)
@@ -330,6 +334,15 @@ class _Task:
                     f"policy replica {replica} ended its stream without {len(missing)} of "
                     f"{len(rows)} responses."
                 )
+
+    def _bring_weights(self, replica: int) -> None:
+        """The replica serves the trainer's version; raises Unavailable while it may come to."""
+        try:
+            self._ensure_weights(replica, self._weights_version)
+        except ServiceError as error:
+            if not is_curable(error):
+                raise
+            raise Unavailable(error.message, reason=error.reason) from None
 
 
 def _raise_failures(groups: Sequence[_Group]) -> None:

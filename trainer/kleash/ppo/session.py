@@ -29,30 +29,19 @@ from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
 from kleash.ppo.evaluation import Evaluator, load_judge
 from kleash.ppo.learner import Learner
-from kleash.ppo.patience import Patience
+from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.publish import Canary, Publisher, PublishReport
 from kleash.ppo.randomness import draw
 from kleash.ppo.rollout import Collector
 from kleash.ppo.run_folder import RunFolder, open_run_folder
 from kleash.ppo.services import Services, shake_hands
 from kleash.ppo.telemetry import export
-from kleash.rpc.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    Overloaded,
-    PreconditionFailed,
-    Unavailable,
-)
+from kleash.rpc.errors import ServiceError
 from kleash.rpc.server import BackgroundServer
 from kleash.weights.store import Store
 from kleash.weights.store_service import StoreService
 
 logger = logging.getLogger(__name__)
-
-RETRIED = (Unavailable, Overloaded, DeadlineExceeded, Cancelled, PreconditionFailed)
-RETRIED_REASONS = ("DIGEST_MISMATCH", "WRONG_BASE", "NOT_STAGED")
-"""Failures of a publish that another attempt may cure: a replica that was restarted in between, or
-bytes that were damaged on their way."""
 
 
 @dataclass(eq=False)
@@ -95,8 +84,8 @@ class Session:
                 report = self.publisher.publish(self.learner.policy, version)
                 self.collector.use_replicas(report.replicas)
                 return report
-            except RETRIED as error:
-                if isinstance(error, PreconditionFailed) and error.reason not in RETRIED_REASONS:
+            except ServiceError as error:
+                if not is_curable(error):
                     raise
                 if self.control.is_abandoned():
                     # The next start publishes in any case; the step is worth keeping.
@@ -353,7 +342,9 @@ def _publisher(
     stack.callback(store.close)
     address = settings.address or ""
     if any(replica.address for replica in services.weights):
-        server = stack.enter_context(BackgroundServer([StoreService(store)], settings.server))
+        service = StoreService(store)
+        server = stack.enter_context(BackgroundServer([service], settings.server))
+        stack.callback(service.end_watches)  # runs first: the server waits for open streams
         address = address or server.address
         logger.info("weights store at %s", server.address)
     return Publisher(
