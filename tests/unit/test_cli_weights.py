@@ -24,7 +24,8 @@ from kleash.weights.manifest import (
     num_changed,
     schema_digest,
 )
-from kleash.weights.store import Store, Stored
+from kleash.weights.store import Store
+from kleash.weights.stored import Stored
 from kleash.weights.v1 import weights_pb2
 
 pytestmark = pytest.mark.unit

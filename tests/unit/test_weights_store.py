@@ -27,7 +27,8 @@ from kleash.weights.manifest import (
     places,
     schema_digest,
 )
-from kleash.weights.store import Store, Stored, read_log
+from kleash.weights.store import Store, read_log
+from kleash.weights.stored import Stored
 from kleash.weights.v1 import weights_pb2
 
 pytestmark = pytest.mark.unit

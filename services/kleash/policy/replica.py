@@ -28,13 +28,11 @@ from kleash.base import metrics
 from kleash.policy.commits import Committed, InFlight
 from kleash.policy.decode_loop import DecodeLoop
 from kleash.policy.live import LiveWeights, UndoFailedError
+from kleash.policy.precedence import busy, check_fence, check_newer, precedence, superseded
 from kleash.policy.requests import quarantined
 from kleash.policy.staging import OnProgress, Staged, stage
 from kleash.rpc.errors import (
-    Cancelled,
     InternalError,
-    Overloaded,
-    PermissionDenied,
     PreconditionFailed,
     ServiceError,
 )
@@ -44,8 +42,6 @@ from kleash.weights.spool import Spool
 from kleash.weights.v1 import weights_pb2
 
 logger = logging.getLogger(__name__)
-
-BUSY_RETRY_S = 1.0
 
 SERVING = weights_pb2.REPLICA_STATE_SERVING
 PREPARING = weights_pb2.REPLICA_STATE_PREPARING
@@ -177,7 +173,8 @@ class WeightsReplica:
                 self._require(key.fence, request.required_version)
             if self._serves(key):
                 return weights_pb2.PrepareResponse(state=SERVING)
-            self._check_order(key)
+            if self._key is not None and not self._is_quarantined:
+                check_newer(key, self._key)
             if self._staged is not None and self._staged.key == key:
                 return _is_staged(self._staged)
             running = self._preparation
@@ -374,62 +371,22 @@ class WeightsReplica:
         return self._key == key and not self._is_quarantined
 
     def _take_fence(self, key: weights_pb2.VersionKey) -> None:
-        if key.fence < self._fence:
-            raise PermissionDenied(
-                f"fence {key.fence} of run '{key.run_id}' is lower than {self._fence}, which this "
-                "replica has seen: another trainer has taken over; stop this one.",
-                reason="STALE_FENCE",
-                metadata={"fence": str(key.fence), "seen": str(self._fence)},
-            )
+        check_fence(key, self._fence)
         self._fence = key.fence
-
-    def _check_order(self, key: weights_pb2.VersionKey) -> None:
-        """A version of the same trainer must be newer than the served one."""
-        served = self._key
-        if served is None or key.fence > served.fence or self._is_quarantined:
-            return
-        seen = {"version": str(key.version), "served": str(served.version)}
-        if key.version == served.version:
-            raise PreconditionFailed(
-                f"version {key.version} is served already with digest {served.digest} of run "
-                f"'{served.run_id}' and not {key.digest}; publish a new version.",
-                reason="VERSION_CONFLICT",
-                metadata=seen,
-            )
-        if key.version < served.version:
-            raise PreconditionFailed(
-                f"version {key.version} is older than {served.version}, which is served; "
-                "publish a newer version or take a greater fence.",
-                reason="VERSION_NOT_NEWER",
-                metadata=seen,
-            )
 
     def _give_way(self, key: weights_pb2.VersionKey) -> None:
         """Whatever else is on its way makes room for ``key``, or ``key`` is told to wait."""
-        running = self._preparation
+        running, staged = self._preparation, self._staged
         if running is not None:
-            if (key.fence, key.version) <= (running.key.fence, running.key.version):
-                raise Overloaded(
-                    f"{describe_key(running.key)} is being prepared; try again when that is over.",
-                    reason="PUBLISH_IN_PROGRESS",
-                    retry_after_s=BUSY_RETRY_S,
-                )
+            if precedence(key) <= precedence(running.key):
+                raise busy(running.key, "being prepared")
             running.is_cancelled.set()
-        staged = self._staged
         if staged is None:
             return
-        if (key.fence, key.version) < (staged.key.fence, staged.key.version):
-            raise Overloaded(
-                f"{describe_key(staged.key)} is staged and newer; try again when it is committed.",
-                reason="PUBLISH_IN_PROGRESS",
-                retry_after_s=BUSY_RETRY_S,
-            )
+        if precedence(key) < precedence(staged.key):
+            raise busy(staged.key, "staged and newer")
         if staged.commit is not None and not staged.commit.cancel() and not staged.commit.done():
-            raise Overloaded(
-                f"{describe_key(staged.key)} is being committed; try again when that is over.",
-                reason="PUBLISH_IN_PROGRESS",
-                retry_after_s=BUSY_RETRY_S,
-            )
+            raise busy(staged.key, "being committed")
         self._staged = None
         staged.close_saved()
 
@@ -475,13 +432,4 @@ def wait_for_commit(
 def _is_staged(staged: Staged) -> weights_pb2.PrepareResponse:
     return weights_pb2.PrepareResponse(
         state=STAGED, fetched_bytes=staged.fetched_bytes, total_bytes=staged.fetched_bytes
-    )
-
-
-def superseded(key: weights_pb2.VersionKey) -> Cancelled:
-    """Of a call whose version has given way."""
-    return Cancelled(
-        f"the preparation of {describe_key(key)} was given up: it was aborted, or a newer one took "
-        "its place.",
-        reason="SUPERSEDED",
     )

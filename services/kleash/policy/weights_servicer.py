@@ -18,7 +18,8 @@ from kleash.lm.log_probs import response_log_probs
 from kleash.lm.sequences import TokenSequence, pack
 from kleash.policy.commits import Committed, InFlight
 from kleash.policy.decode_loop import DecodeLoop
-from kleash.policy.replica import PREPARING, WeightsReplica, superseded
+from kleash.policy.precedence import superseded
+from kleash.policy.replica import PREPARING, WeightsReplica
 from kleash.rpc.errors import InvalidRequest
 from kleash.rpc.requests import unknown_id
 from kleash.weights.v1 import weights_pb2, weights_pb2_grpc

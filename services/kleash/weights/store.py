@@ -12,19 +12,15 @@ anchor  all weights at one version, made from the trainer's shadow when nothing 
 
 from __future__ import annotations
 
-import heapq
 import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
 from google.protobuf.message import DecodeError
 
 from kleash.rpc.errors import NotFound, PreconditionFailed, Unavailable
@@ -34,10 +30,10 @@ from kleash.weights.manifest import (
     key_of,
     manifest_hash,
     num_changed,
-    places,
     schema_of,
 )
 from kleash.weights.squash import squash_versions
+from kleash.weights.stored import Stored, is_sound, shortest_path
 from kleash.weights.v1 import weights_pb2
 
 logger = logging.getLogger(__name__)
@@ -51,23 +47,6 @@ ANCHOR_RATIO = 0.5
 
 TORN_PREFIXES = (".encode-", ".merge-", ".squash-")
 """Names of files that are being written and become objects when they are whole."""
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A manifest and the file of its object."""
-
-    manifest: weights_pb2.Manifest
-    path: Path
-    stored_at_s: float
-
-    @property
-    def size(self) -> int:
-        return encoded_bytes(self.manifest)
-
-    @property
-    def object_id(self) -> bytes:
-        return self.manifest.manifest_hash
 
 
 class Store:
@@ -212,7 +191,7 @@ class Store:
         stored = self._ordered()
         deltas = [it for it in stored if it.manifest.base_digest]
         anchors = [it for it in stored if not it.manifest.base_digest]
-        paths = [_path(deltas, have, want), _path(stored, have, want)]
+        paths = [shortest_path(deltas, have, want), shortest_path(stored, have, want)]
         if damaged := {it.object_id for path in paths for it in path or [] if not is_sound(it)}:
             for object_id in damaged:
                 logger.warning("object %s is damaged and left out", object_id.hex()[:12])
@@ -341,18 +320,6 @@ def _read_manifest(path: Path) -> weights_pb2.Manifest | None:
     return manifest if manifest_hash(manifest) == manifest.manifest_hash else None
 
 
-def is_sound(stored: Stored) -> bool:
-    """Whether every part of the object has its hash."""
-    try:
-        data = np.memmap(stored.path, np.uint8, "r") if stored.size else np.empty(0, np.uint8)
-    except (OSError, ValueError):
-        return False
-    return len(data) == stored.size and all(
-        xxhash.xxh3_128_digest(data[offset : offset + part.encoded_bytes].data) == part.xxh3_128
-        for _, part, offset in places(stored.manifest)
-    )
-
-
 def describe(stored: Stored, is_committed: bool) -> weights_pb2.VersionInfo:
     """What ListVersions tells of a version."""
     manifest = stored.manifest
@@ -367,39 +334,6 @@ def describe(stored: Stored, is_committed: bool) -> weights_pb2.VersionInfo:
         is_committed=is_committed,
         stored_at_s=stored.stored_at_s,
     )
-
-
-def _path(stored: Sequence[Stored], have: str, want: str) -> list[Stored] | None:
-    """The way with the fewest bytes (Dijkstra): deltas lead from their base, anchors from any."""
-    distance: dict[str, int] = {have: 0}
-    came_by: dict[str, Stored] = {}
-    queue = [(0, have)]
-    done: set[str] = set()
-    while queue:
-        size, digest = heapq.heappop(queue)
-        if digest in done:
-            continue
-        done.add(digest)
-        if digest == want:
-            break
-        for it in stored:
-            manifest = it.manifest
-            leads_on = manifest.base_digest in ("", digest)
-            total = size + it.size + 1  # one more for each step: a shorter chain among equals
-            if leads_on and total < distance.get(manifest.result_digest, total + 1):
-                distance[manifest.result_digest] = total
-                came_by[manifest.result_digest] = it
-                heapq.heappush(queue, (total, manifest.result_digest))
-    if want not in done:
-        return None
-    path: list[Stored] = []
-    at = want
-    while at != have:
-        path.append(came_by[at])
-        if not came_by[at].manifest.base_digest:
-            break
-        at = came_by[at].manifest.base_digest
-    return path[::-1]
 
 
 def _size(path: Sequence[Stored]) -> int:

@@ -29,7 +29,8 @@ from kleash.rpc.errors import InternalError, PreconditionFailed, ServiceError
 from kleash.weights.coordinator import CANARY_MISMATCH, Check, Coordinator, FleetSettings, Replica
 from kleash.weights.encoder import EncodedShards, Shadow, Shard, encode_shards, merge
 from kleash.weights.manifest import Schema, TensorShape, encoded_bytes, num_changed
-from kleash.weights.store import Store, Stored
+from kleash.weights.store import Store
+from kleash.weights.stored import Stored
 from kleash.weights.v1 import weights_pb2
 
 logger = logging.getLogger(__name__)

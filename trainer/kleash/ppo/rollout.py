@@ -19,8 +19,7 @@ import contextlib
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -28,11 +27,12 @@ import numpy as np
 
 from kleash.base.errors import KleashError
 from kleash.client.calls import ItemError
-from kleash.client.types import GeneratedSequence, Prompt, Sampling
+from kleash.client.types import GeneratedSequence, Sampling
 from kleash.data.prompts import PromptRecord
 from kleash.lm.sequences import TokenSequence
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.patience import Patience, is_curable
+from kleash.ppo.rows import Row, number_rows, requests_of, shares_of
 from kleash.ppo.services import Services
 from kleash.rpc.errors import Overloaded, PreconditionFailed, ServiceError, Unavailable
 
@@ -81,16 +81,7 @@ class Rollout:
     """From then until everything was scored: the part of scoring that generation did not hide."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """One response to draw: the n-th of its prompt in the batch."""
-
-    index: int
-    record: PromptRecord
-    sample_index: int
-
-
-_Finished = tuple[_Row, GeneratedSequence, TokenSequence]
+_Finished = tuple[Row, GeneratedSequence, TokenSequence]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +122,9 @@ class Collector:
         """One response to each prompt, drawn with the weights of ``weights_version``."""
         self._check_abandoned()
         start = time.monotonic()
-        rows = _number_rows(prompts)
+        rows = number_rows(prompts)
         replicas = self._replicas or list(range(len(self.services.policies)))
-        shares = _shares(rows, len(replicas))
+        shares = shares_of(rows, len(replicas))
         drawing = ThreadPoolExecutor(len(shares), "generate")
         scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
         task = _Task(self, replicas, seed, weights_version, scoring)
@@ -202,7 +193,7 @@ class _Task:
             stop_token_ids=config.sampling.stop_token_ids,
         )
 
-    def run(self, index: int, rows: Sequence[_Row]) -> list[_Group]:
+    def run(self, index: int, rows: Sequence[Row]) -> list[_Group]:
         """Generate the share of a replica and hand each full group on."""
         groups: list[_Group] = []
         finished: list[_Finished] = []
@@ -286,8 +277,8 @@ class _Task:
             return answers
 
     def _generate(
-        self, index: int, rows: Sequence[_Row]
-    ) -> Generator[tuple[_Row, GeneratedSequence]]:
+        self, index: int, rows: Sequence[Row]
+    ) -> Generator[tuple[Row, GeneratedSequence]]:
         """Responses as they finish; after a failure those that are missing are asked for again.
 
         So are those that a commit of other weights ended. The same replica is asked, or with a
@@ -302,7 +293,7 @@ class _Task:
             try:
                 self._bring_weights(replica)
                 stream = self._services.policies[replica].generate(
-                    _requests(missing.values()),
+                    requests_of(missing.values()),
                     self._sampling,
                     min_weights_version=self._weights_version,
                     tokenizer_sha256=self._tokenizer_sha256,
@@ -353,44 +344,7 @@ def _raise_failures(groups: Sequence[_Group]) -> None:
                 answer.result()
 
 
-def _shares(rows: Sequence[_Row], num_replicas: int) -> list[list[_Row]]:
-    """Each replica's rows: prompts in turn, all samples of a prompt at one replica, none empty.
-
-    Sample indices of a prompt then have no gaps at a replica, which is asked for a range of them.
-    """
-    prompt_ids = list(dict.fromkeys(row.record.prompt_id for row in rows))
-    num_shares = min(num_replicas, len(prompt_ids))
-    place = {prompt_id: index % num_shares for index, prompt_id in enumerate(prompt_ids)}
-    shares: list[list[_Row]] = [[] for _ in range(num_shares)]
-    for row in rows:
-        shares[place[row.record.prompt_id]].append(row)
-    return shares
-
-
-def _number_rows(prompts: Sequence[PromptRecord]) -> list[_Row]:
-    """A prompt that occurs again in the batch gets the next sample index: another draw."""
-    seen: Counter[str] = Counter()
-    rows = []
-    for index, record in enumerate(prompts):
-        rows.append(_Row(index, record, seen[record.prompt_id]))
-        seen[record.prompt_id] += 1
-    return rows
-
-
-def _requests(rows: Iterable[_Row]) -> list[Prompt]:
-    """One Prompt an id. Sample indices in between that nobody needs are drawn too and ignored."""
-    wanted: dict[str, list[_Row]] = {}
-    for row in rows:
-        wanted.setdefault(row.record.prompt_id, []).append(row)
-    requests = []
-    for prompt_id, same in wanted.items():
-        indices = [row.sample_index for row in same]
-        first, last = min(indices), max(indices)
-        requests.append(Prompt(prompt_id, same[0].record.ids, last - first + 1, first))
-    return requests
-
-
-def _sequence(row: _Row, generated: GeneratedSequence, weights_version: int) -> TokenSequence:
+def _sequence(row: Row, generated: GeneratedSequence, weights_version: int) -> TokenSequence:
     """Prompt and response, after the checks that make it usable."""
     versions = {span.weights_version for span in generated.version_spans}
     if versions != {weights_version}:
