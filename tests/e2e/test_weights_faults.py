@@ -7,7 +7,6 @@ committed, no token carries a wrong version, and publishing goes on.
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -269,13 +268,13 @@ class FaultyStore(Store):
 
     def __init__(self, folder: Path, fault: str, num_faults: int = 1) -> None:
         super().__init__(folder)
-        self._fault, self._left = fault, num_faults
+        self._fault, self.num_faults = fault, num_faults
 
     def fetch(self, object_id: bytes, offset: int) -> Iterator[weights_pb2.FetchResponse]:
         data = b"".join(part.data for part in super().fetch(object_id, offset))
         parts = [chunk(offset + at, data[at : at + 700]) for at in range(0, len(data), 700)]
-        if self._left and len(parts) > 3:
-            self._left -= 1
+        if self.num_faults and len(parts) > 3:
+            self.num_faults -= 1
             middle = 0 if self._fault == "always" else len(parts) // 2
             if self._fault == "torn":
                 yield from parts[:middle]
@@ -305,9 +304,11 @@ def test_a_network_that_errs(fleet: list[Replica], tmp_path: Path, fault: str) -
 
 def test_a_network_that_always_errs(fleet: list[Replica], tmp_path: Path) -> None:
     with publishing(
-        tmp_path / "weights", fleet[:1], lambda folder: FaultyStore(folder, "always", 999)
+        tmp_path / "weights", fleet[:1], lambda folder: FaultyStore(folder, "always", 0)
     ) as publisher:
         publisher.publish(weights_of(fleet[0].model, 1), 1)
+        assert isinstance(publisher.store, FaultyStore)
+        publisher.store.num_faults = 999
         with pytest.raises(PreconditionFailed) as caught:
             publisher.publish(weights_of(fleet[0].model, 2), 2)
         assert (caught.value.reason, caught.value.metadata["layer"]) == ("DIGEST_MISMATCH", "chunk")
@@ -360,7 +361,7 @@ def test_a_run_loses_a_replica_and_gets_another(
         assert trainer.end(signal.SIGTERM) == 0, trainer.log.read_text()
         steps = [row["step"] for row in Cluster.steps(config.out)]
         assert steps == list(range(1, len(steps) + 1))
-        log = [json.loads(line) for line in (config.out / "weights" / "log.jsonl").open()]
+        log = read_log(config.out / "weights")
         decided = [len(row["replicas"]) for row in log if row["event"] == "deciding"]
         assert (decided[0], decided[-1]) == (2, 2)
         assert 1 in decided
