@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,16 @@ TEXTS = [
 def _one_thread() -> None:
     """One thread a process: the machines that test are small, and results stay bit-identical."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_handler_stays() -> Iterator[None]:
+    """A command that runs in this process logs to a stream that pytest closes after the test."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in set(logging.root.handlers) - set(before):
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
