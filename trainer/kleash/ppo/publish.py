@@ -132,9 +132,8 @@ class Publisher:
         self._base = (0, "")
         self._pending: _Pending | None = None
         self._check: Check = partial(self._check_canary, None)
-        self._lock = (
-            threading.Lock()
-        )  # guards the shadow: anchors are made from it in other threads
+        # Of the shadow: anchors are made from it in the threads that plan.
+        self._lock = threading.Lock()
         store.make_anchor = self._make_anchor
 
     def publish(self, model: torch.nn.Module, version: int) -> PublishReport:
