@@ -87,7 +87,7 @@ class FleetReport:
 
 
 class Coordinator:
-    """Commits versions of one store over one fleet. Not for two threads at a time."""
+    """Commits versions of one store over one fleet: one publish at a time, ``catch_up`` from any."""
 
     def __init__(
         self,
