@@ -87,7 +87,7 @@ class FleetReport:
 
 
 class Coordinator:
-    """Commits versions of one store over one fleet: one publish at a time, ``catch_up`` from any."""
+    """Commits versions of one store over a fleet. One publish at a time; catch_up from any thread."""
 
     def __init__(
         self,
