@@ -87,7 +87,7 @@ class FleetReport:
 
 
 class Coordinator:
-    """Commits versions of one store over a fleet. One publish at a time; catch_up from any thread."""
+    """Commits versions of one store over a fleet: one publish at a time, catch_up from any."""
 
     def __init__(
         self,
