@@ -10,7 +10,7 @@ Nothing here knows of versions, fences or callers: kleash.policy.replica does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ from kleash.weights.codec import (
     decode_delta,
     decode_full,
 )
-from kleash.weights.digest import MASK, combine_digests, digest_bytes, sum_change, tensor_sum
+from kleash.weights.digest import MASK, digest_bytes, sum_change, tensor_sum
+from kleash.weights.encoder import digest_of
 from kleash.weights.manifest import EXPONENTS, FULL_CODECS, TensorShape, places, schema_digest
 from kleash.weights.spool import Spool, SpoolObject
 from kleash.weights.v1 import weights_pb2
@@ -113,11 +114,11 @@ class LiveWeights:
     @property
     def digest(self) -> str:
         """Digest of the weights, from sums that every change keeps up to date."""
-        return self._combine(self._sums)
+        return digest_of(self.schema, self._sums)
 
     def audit(self) -> str:
         """Digest of the weights, computed from all of their bits."""
-        return self._combine(self._all_sums())
+        return digest_of(self.schema, self._all_sums())
 
     def predict(self, steps: Sequence[Step]) -> str:
         """The digest after ``steps``, without changing anything.
@@ -142,7 +143,7 @@ class LiveWeights:
                 raise _mismatch(
                     "tensor", f"tensor '{entry.name}' would not get the promised digest", entry.name
                 )
-        return self._combine(sums)
+        return digest_of(self.schema, sums)
 
     def save(self, steps: Sequence[Step], spool: Spool) -> SpoolObject | None:
         """The words of every tensor that a full part overwrites, in a file; None without any.
@@ -289,11 +290,6 @@ class LiveWeights:
             name: tensor_sum(tensor.read(0, tensor.shape.num_words))
             for name, tensor in self._tensors.items()
         }
-
-    def _combine(self, sums: Mapping[str, int]) -> str:
-        return combine_digests(
-            (name, it.dtype, it.shape, digest_bytes(sums[name])) for name, it in self.schema.items()
-        )
 
 
 def _become(words: np.ndarray, part: weights_pb2.Part, data: np.ndarray) -> None:
