@@ -21,10 +21,10 @@ import xxhash
 from kleash.lm.digest import DTYPE_NAMES, canonical_tensors
 from kleash.rpc.errors import PreconditionFailed
 from kleash.weights.codec import (
-    Change,
     Codec,
     CodecError,
     apply_change,
+    apply_encoded,
     changed_values,
     decode_delta,
     decode_full,
@@ -254,7 +254,7 @@ class LiveWeights:
             for parts in steps:
                 for part, data in parts:
                     window = words[part.first_element : part.first_element + part.num_elements]
-                    _become(window, part, data)
+                    apply_encoded(window, Codec(part.codec), data.data)
             self._check_finite(name, words)
             return tensor_sum(words)
         for part, data in steps[0]:
@@ -269,7 +269,7 @@ class LiveWeights:
             else:
                 new = tensor.read(first, part.num_elements).copy()
                 total -= tensor_sum(new, first)
-                _become(new, part, data)
+                apply_encoded(new, codec, data.data)
                 total += tensor_sum(new, first)
             self._check_finite(name, new)
         return total & MASK
@@ -290,16 +290,6 @@ class LiveWeights:
             name: tensor_sum(tensor.read(0, tensor.shape.num_words))
             for name, tensor in self._tensors.items()
         }
-
-
-def _become(words: np.ndarray, part: weights_pb2.Part, data: np.ndarray) -> None:
-    """Change a part's words as the part says."""
-    codec = Codec(part.codec)
-    if codec in FULL_CODECS:
-        words[:] = decode_full(codec, data.data, part.num_elements, words.dtype)
-    else:
-        change: Change = decode_delta(codec, data.data, part.num_elements, words.dtype)
-        apply_change(words, change)
 
 
 def _overwritten(steps: Sequence[Step]) -> list[str]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kleash.base import metrics
 from kleash.policy.commits import Committed, InFlight
@@ -42,6 +42,8 @@ from kleash.weights.spool import Spool
 from kleash.weights.v1 import weights_pb2
 
 logger = logging.getLogger(__name__)
+
+X = TypeVar("X")
 
 SERVING = weights_pb2.REPLICA_STATE_SERVING
 PREPARING = weights_pb2.REPLICA_STATE_PREPARING
@@ -132,7 +134,7 @@ class WeightsReplica:
     def is_ready(self) -> bool:
         """Whether the weights are those that the publisher requires, or newer ones."""
         with self._lock:
-            served = (self._key.fence, self._key.version) if self._key else (0, 0)
+            served = precedence(self._key) if self._key else (0, 0)
             is_known = not self._awaits_publisher
             return is_known and not self._is_quarantined and served >= self._required
 
@@ -223,7 +225,7 @@ class WeightsReplica:
 
     def begin_commit(
         self, key: weights_pb2.VersionKey, mode: InFlight = "keep", timeout_s: float | None = None
-    ) -> Future[Committed[None]] | None:
+    ) -> Future[Committed[int]] | None:
         """Have a staged version put in place; None when it is served already.
 
         The future raises PreconditionFailed (DIGEST_MISMATCH) when the version was undone,
@@ -246,21 +248,19 @@ class WeightsReplica:
             return staged.commit
 
     def commit_response(
-        self, key: weights_pb2.VersionKey, committed: Committed[None] | None
+        self, key: weights_pb2.VersionKey, committed: Committed[int] | None
     ) -> weights_pb2.CommitResponse:
         """What a caller is told of a commit; ``committed`` is None when nothing was applied."""
-        before = self._before
-        is_fresh = committed is not None and before is not None
         return weights_pb2.CommitResponse(
             version=key.version,
             digest=self._digest,
             already_committed=committed is None,
             pause_ns=committed.pause_ns if committed else 0,
-            fetched_bytes=before.staged.fetched_bytes if is_fresh and before else 0,
+            fetched_bytes=committed.result if committed else 0,
         )
 
-    def _apply(self, staged: Staged) -> None:
-        """In the decoding thread: the whole version or nothing."""
+    def _apply(self, staged: Staged) -> int:
+        """In the decoding thread: the whole version or nothing. Returns the bytes it took."""
         with self._lock:
             if self._staged is not staged:
                 raise superseded(staged.key)
@@ -291,6 +291,7 @@ class WeightsReplica:
         self.spool.keep_only(staged.object_ids)
         metrics.WEIGHTS_UPDATE_BYTES.inc(staged.fetched_bytes)
         metrics.WEIGHTS_UPDATE_SECONDS.observe(time.monotonic() - staged.began)
+        return staged.fetched_bytes
 
     def abort(self, key: weights_pb2.VersionKey) -> weights_pb2.AbortResponse:
         """Forget a version that is on its way in or staged; one that is served stays."""
@@ -419,9 +420,7 @@ class WeightsReplica:
         metrics.POLICY_WEIGHTS_VERSION.set(version)
 
 
-def wait_for_commit(
-    commit: Future[Committed[None]], key: weights_pb2.VersionKey
-) -> Committed[None]:
+def wait_for_commit(commit: Future[Committed[X]], key: weights_pb2.VersionKey) -> Committed[X]:
     """The outcome of a commit. Raises what it raised, Cancelled when it gave way."""
     try:
         return commit.result()

@@ -29,7 +29,7 @@ class Staged:
     """Words that full parts overwrite."""
     fetched_bytes: int
     began: float
-    commit: Future[Committed[None]] | None = None
+    commit: Future[Committed[int]] | None = None
     """Its commit, once asked for."""
 
     @property

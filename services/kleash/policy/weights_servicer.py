@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from kleash.policy.replica import PREPARING, WeightsReplica
 from kleash.rpc.errors import InvalidRequest
 from kleash.rpc.requests import unknown_id
 from kleash.weights.v1 import weights_pb2, weights_pb2_grpc
+
+X = TypeVar("X")
 
 MODES: dict[int, InFlight] = {
     weights_pb2.IN_FLIGHT_UNSPECIFIED: "keep",
@@ -130,7 +132,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         )
 
 
-async def _outcome(commit: Future[Committed[None]], key: weights_pb2.VersionKey) -> Committed[None]:
+async def _outcome(commit: Future[Committed[X]], key: weights_pb2.VersionKey) -> Committed[X]:
     """As wait_for_commit. A caller that goes away does not cancel what others wait for."""
     try:
         return await asyncio.shield(asyncio.wrap_future(commit))

@@ -305,6 +305,14 @@ def apply_change(words: np.ndarray, change: Change, *, undo: bool = False) -> No
         words[change.indices] = values
 
 
+def apply_encoded(words: np.ndarray, codec: Codec, data: Buffer) -> None:
+    """Change a part's words in place as its encoding says. Raises CodecError before it writes."""
+    if codec in (Codec.FULL, Codec.FULL_PLANES):
+        words[:] = decode_full(codec, data, len(words), words.dtype)
+    else:
+        apply_change(words, decode_delta(codec, data, len(words), words.dtype))
+
+
 def changed_values(old: np.ndarray, steps: np.ndarray, *, undo: bool = False) -> np.ndarray:
     """The words that ``old`` become."""
     values = ordered(old)

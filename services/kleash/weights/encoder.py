@@ -15,19 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import xxhash
 
-from kleash.weights.codec import (
-    Codec,
-    apply_change,
-    decode_delta,
-    decode_full,
-    encode,
-)
+from kleash.weights.codec import Codec, apply_encoded, encode
 from kleash.weights.digest import MASK, combine_digests, digest_bytes, tensor_sum
 from kleash.weights.manifest import (
-    FULL_CODECS,
     Schema,
+    describe_part,
     manifest_hash,
     places,
     result_digest,
@@ -94,11 +87,7 @@ class Shadow:
                 continue  # another rank's
             words = shard.words[start : start + part.num_elements]
             encoded = view[offset : offset + part.encoded_bytes]
-            codec = Codec(part.codec)
-            if codec in FULL_CODECS:
-                words[:] = decode_full(codec, encoded, part.num_elements, words.dtype)
-            else:
-                apply_change(words, decode_delta(codec, encoded, part.num_elements, words.dtype))
+            apply_encoded(words, Codec(part.codec), encoded)
         self.sums = dict(sums)
 
 
@@ -145,16 +134,7 @@ def _encode_tensor(
             continue
         total = (total + made.sum_change) & MASK
         file.write(made.data)
-        parts.append(
-            weights_pb2.Part(
-                first_element=first,
-                num_elements=len(new),
-                codec=int(made.codec),  # pyright: ignore[reportArgumentType]
-                encoded_bytes=len(made.data),
-                num_changed=made.num_changed,
-                xxh3_128=xxhash.xxh3_128_digest(made.data),
-            )
-        )
+        parts.append(describe_part(made, first, len(new)))
     return parts, total
 
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from kleash.rpc.errors import InvalidRequest, PreconditionFailed
-from kleash.weights.codec import Codec
+from kleash.weights.codec import Codec, Encoded
 from kleash.weights.digest import combine_digests
 from kleash.weights.v1 import weights_pb2
 
@@ -107,6 +108,23 @@ def schema_of(manifest: weights_pb2.Manifest) -> dict[str, TensorShape]:
                 field=f"manifest.tensors[{index}].dtype",
             )
     return {it.name: TensorShape(tuple(it.shape), it.dtype) for it in manifest.tensors}
+
+
+def dense_bytes(schema: Schema) -> int:
+    """Bytes of the weights themselves."""
+    return sum(shape.num_bytes for shape in schema.values())
+
+
+def describe_part(made: Encoded, first_element: int, num_elements: int) -> weights_pb2.Part:
+    """The manifest's entry for an encoded run of elements."""
+    return weights_pb2.Part(
+        first_element=first_element,
+        num_elements=num_elements,
+        codec=int(made.codec),  # pyright: ignore[reportArgumentType]
+        encoded_bytes=len(made.data),
+        num_changed=made.num_changed,
+        xxh3_128=xxhash.xxh3_128_digest(made.data),
+    )
 
 
 def manifest_hash(manifest: weights_pb2.Manifest) -> bytes:

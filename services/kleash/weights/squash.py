@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from kleash.weights.codec import Codec, squash
-from kleash.weights.manifest import manifest_hash, places, schema_of
+from kleash.weights.manifest import describe_part, manifest_hash, places, schema_of
 from kleash.weights.v1 import weights_pb2
 
 _Range = tuple[str, int, int]
@@ -55,15 +54,6 @@ def squash_versions(
             if made is None:
                 continue
             file.write(made.data)
-            entries[name_of_tensor].parts.append(
-                weights_pb2.Part(
-                    first_element=first_element,
-                    num_elements=num_elements,
-                    codec=int(made.codec),  # pyright: ignore[reportArgumentType]
-                    encoded_bytes=len(made.data),
-                    num_changed=made.num_changed,
-                    xxh3_128=xxhash.xxh3_128_digest(made.data),
-                )
-            )
+            entries[name_of_tensor].parts.append(describe_part(made, first_element, num_elements))
     squashed.manifest_hash = manifest_hash(squashed)
     return squashed, Path(name)

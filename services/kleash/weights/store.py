@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 from kleash.rpc.errors import NotFound, PreconditionFailed, Unavailable
 from kleash.weights.fetch import CHUNK_BYTES, chunk
 from kleash.weights.manifest import (
+    dense_bytes,
     encoded_bytes,
     key_of,
     manifest_hash,
@@ -96,16 +97,29 @@ class Store:
         stored = Stored(manifest, self.folder / f"{name}.object", time.time())
         with self._lock:
             self._stored[stored.object_id] = stored
-        self._log("stored", key_of(manifest), base_version=manifest.base_version)
+        self.record("stored", key_of(manifest), base_version=manifest.base_version)
         return stored
 
     def record(self, event: str, key: weights_pb2.VersionKey, **facts: Any) -> None:
-        """Write what is about to happen to a version, on disk before it happens."""
-        self._log(event, key, **facts)
+        """Write what happens, or is about to happen, to a version: on disk when this returns."""
+        row = {
+            "time_s": round(time.time(), 3),
+            "event": event,
+            "run_id": key.run_id,
+            "fence": key.fence,
+            "version": key.version,
+            "manifest_hash": key.manifest_hash.hex(),
+            "digest": key.digest,
+            **facts,
+        }
+        with self._lock:
+            self._log_file.write(json.dumps(row) + "\n")
+            self._log_file.flush()
+            os.fsync(self._log_file.fileno())
 
     def commit(self, key: weights_pb2.VersionKey) -> None:
         """The version is the head from now on."""
-        self._log("committed", key)
+        self.record("committed", key)
         with self._lock:
             if key.manifest_hash not in self._committed:
                 self._committed.append(key.manifest_hash)
@@ -192,14 +206,21 @@ class Store:
         deltas = [it for it in stored if it.manifest.base_digest]
         anchors = [it for it in stored if not it.manifest.base_digest]
         paths = [shortest_path(deltas, have, want), shortest_path(stored, have, want)]
-        if damaged := {it.object_id for path in paths for it in path or [] if not is_sound(it)}:
+        used = {it.object_id: it for path in paths for it in path or []}
+        if damaged := [object_id for object_id, it in used.items() if not is_sound(it)]:
             for object_id in damaged:
                 logger.warning("object %s is damaged and left out", object_id.hex()[:12])
                 self.discard(object_id)
             return self._shortest(have, want)
         ways = [self._squashed(path) for path in paths if path is not None]
         best = min(ways, key=_size, default=None)
-        whole = anchors[-1].size if anchors else _dense_bytes(stored[-1].manifest) if stored else 0
+        whole = (
+            anchors[-1].size
+            if anchors
+            else dense_bytes(schema_of(stored[-1].manifest))
+            if stored
+            else 0
+        )
         limit = whole * (1 + ANCHOR_RATIO) if best and not best[0].manifest.base_digest else whole
         if best is None or _size(best) > limit:
             anchor = self.make_anchor(want)
@@ -242,7 +263,7 @@ class Store:
         ordered = self._ordered()
         deltas = [it for it in ordered if it.manifest.base_digest and not _is_squash(it)]
         keep = set()
-        left = KEEP_RATIO * _dense_bytes(deltas[-1].manifest) if deltas else 0
+        left = KEEP_RATIO * dense_bytes(schema_of(deltas[-1].manifest)) if deltas else 0
         for delta in deltas[: -self._keep_versions - 1 : -1]:
             left -= delta.size
             if left < 0:
@@ -258,22 +279,6 @@ class Store:
         for stored in ordered:
             if stored.object_id not in keep and stored.object_id != head.manifest_hash:
                 self.discard(stored.object_id)
-
-    def _log(self, event: str, key: weights_pb2.VersionKey, **facts: Any) -> None:
-        row = {
-            "time_s": round(time.time(), 3),
-            "event": event,
-            "run_id": key.run_id,
-            "fence": key.fence,
-            "version": key.version,
-            "manifest_hash": key.manifest_hash.hex(),
-            "digest": key.digest,
-            **facts,
-        }
-        with self._lock:
-            self._log_file.write(json.dumps(row) + "\n")
-            self._log_file.flush()
-            os.fsync(self._log_file.fileno())
 
 
 def _remove_torn(folder: Path) -> None:
@@ -323,14 +328,15 @@ def _read_manifest(path: Path) -> weights_pb2.Manifest | None:
 def describe(stored: Stored, is_committed: bool) -> weights_pb2.VersionInfo:
     """What ListVersions tells of a version."""
     manifest = stored.manifest
+    schema = schema_of(manifest)
     return weights_pb2.VersionInfo(
         key=key_of(manifest),
         base_version=manifest.base_version,
         base_digest=manifest.base_digest,
         encoded_bytes=stored.size,
-        dense_bytes=_dense_bytes(manifest),
+        dense_bytes=dense_bytes(schema),
         num_changed=num_changed(manifest),
-        num_elements=sum(it.num_words for it in schema_of(manifest).values()),
+        num_elements=sum(it.num_words for it in schema.values()),
         is_committed=is_committed,
         stored_at_s=stored.stored_at_s,
     )
@@ -338,10 +344,6 @@ def describe(stored: Stored, is_committed: bool) -> weights_pb2.VersionInfo:
 
 def _size(path: Sequence[Stored]) -> int:
     return sum(stored.size for stored in path)
-
-
-def _dense_bytes(manifest: weights_pb2.Manifest) -> int:
-    return sum(shape.num_bytes for shape in schema_of(manifest).values())
 
 
 def _is_squash(stored: Stored) -> bool:

@@ -28,7 +28,7 @@ from kleash.ppo.config import PublishConfig
 from kleash.rpc.errors import InternalError, PreconditionFailed, ServiceError
 from kleash.weights.coordinator import CANARY_MISMATCH, Check, Coordinator, FleetSettings, Replica
 from kleash.weights.encoder import EncodedShards, Shadow, Shard, encode_shards, merge
-from kleash.weights.manifest import Schema, TensorShape, encoded_bytes, num_changed
+from kleash.weights.manifest import Schema, TensorShape, dense_bytes, encoded_bytes, num_changed
 from kleash.weights.store import Store
 from kleash.weights.stored import Stored
 from kleash.weights.v1 import weights_pb2
@@ -166,7 +166,7 @@ class Publisher:
             seconds=time.monotonic() - begin,
             encode_s=pending.encode_s,
             bytes=encoded_bytes(manifest),
-            dense_bytes=sum(shape.num_bytes for shape in shapes),
+            dense_bytes=dense_bytes(self._schema),
             changed_fraction=num_changed(manifest) / max(sum(its.num_words for its in shapes), 1),
             pause_s=max(its.pause_ns for its in report.committed.values()) / 1e9,
             replicas=tuple(sorted(report.committed)),
@@ -211,7 +211,7 @@ class Publisher:
             seconds=time.monotonic() - begin,
             encode_s=0.0,
             bytes=0,
-            dense_bytes=sum(shape.num_bytes for shape in self._schema.values()),
+            dense_bytes=dense_bytes(self._schema),
             changed_fraction=0.0,
             pause_s=0.0,
             replicas=tuple(served),
