@@ -184,7 +184,11 @@ def trainer(spec: dict[str, Any]) -> list[dict[str, Any]]:
             for address, _ in spec["replicas"]
         ]
         publisher = Publisher(
-            clients, store, run_id="benchmark", fence=1, store_address=server.address
+            dict(enumerate(clients)),
+            store,
+            run_id="benchmark",
+            fence=1,
+            store_address=server.address,
         )
         if spec["is_generating"]:
             for address, _ in spec["replicas"]:

@@ -86,7 +86,7 @@ def main() -> None:
     store = Store(Path(folder))
     with BackgroundServer([StoreService(store)]) as server:
         publisher = Publisher(
-            [WeightsClient(address) for address in addresses],
+            {index: WeightsClient(address) for index, address in enumerate(addresses)},
             store,
             run_id="run",
             fence=int(fence),

@@ -105,8 +105,8 @@ class Run:
 def local_run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     policy = LocalPolicy.load(PolicyConfig(model=cluster.model, device="cpu"))
     services = Services(
-        policies=[policy],
-        weights=[LocalWeights(policy.engine)],
+        policies={0: policy},
+        weights={0: LocalWeights(policy.engine)},
         reward=LocalReward.load(RewardConfig(model=cluster.reward_model, device="cpu")),
         reference=LocalReference.load(ReferenceConfig(model=cluster.model, device="cpu")),
     )

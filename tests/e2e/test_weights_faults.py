@@ -136,7 +136,7 @@ def publishing(
         server = stack.enter_context(BackgroundServer([StoreService(store)]))
         clients = [stack.enter_context(WeightsClient(its.address)) for its in replicas]
         yield Publisher(
-            clients,
+            dict(enumerate(clients)),
             store,
             run_id="run",
             fence=next(fences),

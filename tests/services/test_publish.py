@@ -90,7 +90,7 @@ class Trainer:
         **config: Any,
     ) -> Publisher:
         return Publisher(
-            [replica.weights for replica in replicas],
+            {index: its.weights for index, its in enumerate(replicas)},
             self.store,
             run_id="run",
             fence=fence,
@@ -429,7 +429,7 @@ def test_a_damaged_anchor_is_made_again(tiny_folder: Path, trained: Any, trainer
         data[len(data) // 2] ^= 1
         anchor.write_bytes(data)
     with started(tiny_folder) as second:
-        publisher._coordinator.replicas[0] = second.weights
+        publisher._coordinator.replicas = {0: second.weights}
         report = publisher.publish(trained, 1)
         assert second.digest == report.digest == model_digest(trained)
 
@@ -450,7 +450,10 @@ def test_peers_serve_peers(tiny_folder: Path, trained: Any, trainer: Trainer) ->
         report = publisher.publish(trained, 2)
         assert {its.digest for its in replicas} == {report.digest}
         assert len(fetched) == 1
-        assert publisher._coordinator.sources(2) == [replicas[0].address, trainer.address]
+        assert publisher._coordinator.sources(publisher._coordinator.replicas, 2) == [
+            replicas[0].address,
+            trainer.address,
+        ]
 
 
 def test_a_peer_that_is_gone_is_not_missed(

@@ -44,7 +44,9 @@ class Fleet:
 
     def publish(self, replica: str, publisher: str) -> None:
         with WeightsClient(replica) as weights:
-            made = Publisher([weights], self.store, run_id="run", fence=1, store_address=publisher)
+            made = Publisher(
+                {0: weights}, self.store, run_id="run", fence=1, store_address=publisher
+            )
             self.digest = made.publish(self.model, 1).digest
         self.replica, self.publisher = replica, publisher
 

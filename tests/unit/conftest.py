@@ -80,8 +80,8 @@ class World:
         policies = [LocalPolicy.load(PolicyConfig(model=self.model)) for _ in range(num_policies)]
         self.policies.extend(policies)
         return Services(
-            policies=policies,
-            weights=[LocalWeights(policy.engine) for policy in policies],
+            policies=dict(enumerate(policies)),
+            weights={i: LocalWeights(policy.engine) for i, policy in enumerate(policies)},
             reward=self.reward,
             reference=self.reference,
         )

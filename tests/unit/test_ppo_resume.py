@@ -15,6 +15,7 @@ from kleash.lm.digest import model_digest
 from kleash.lm.load import load_causal_lm
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState
+from kleash.ppo.lease import NoLease
 from kleash.ppo.report import PPOReport
 from kleash.ppo.services import Services
 from kleash.ppo.session import open_session
@@ -127,7 +128,7 @@ def test_another_chat_template_is_refused(world: World, tmp_path: Path) -> None:
 def test_a_step_is_saved_once(world: World, tmp_path: Path) -> None:
     """The checkpoint that is there is never taken away to make room for the same one."""
     config = world.config(tmp_path / "run")
-    with open_session(config, world.services(), Control()) as run:
+    with open_session(config, world.services(), Control(), NoLease()) as run:
         first = run.save()
         manifest = (first.path / "manifest.json").stat()
         assert run.save() == first
@@ -172,7 +173,7 @@ def test_an_abandoned_rollout_leaves_the_run_as_it_was(
                 control.stop(abandon_rollout=True)
             return services.policies[0].generate(*arguments, **options)
 
-    stopping = replace(services, policies=[Stopping()])
+    stopping = replace(services, policies={0: Stopping()})
     report = train(four_steps(world, out), stopping, control=control)
     assert (report.steps, report.is_complete) == (1, False)
     assert control.snapshot.state is RunState.STOPPING

@@ -103,7 +103,7 @@ def test_a_replica_that_fails_is_republished_and_asked_for_the_rest(
     policy = FailingPolicy(services.policies[0])  # pyright: ignore[reportArgumentType]
     ensured: list[tuple[int, int]] = []
     collector = world.collector(
-        replace(services, policies=[policy]),
+        replace(services, policies={0: policy}),
         config,
         ensure_weights=lambda replica, version: ensured.append((replica, version)),
     )
@@ -194,7 +194,7 @@ def test_a_service_that_stays_away_is_waited_for_and_then_named(
 
     services = world.services()
     gone: dict[str, Any] = {
-        "policy": {"policies": [Broken(services.policies[0], "generate", away)]},
+        "policy": {"policies": {0: Broken(services.policies[0], "generate", away)}},
         "reward": {"reward": Broken(services.reward, "score_tokens", away)},
         "reference": {"reference": Broken(services.reference, "log_probs", away)},
     }

@@ -133,7 +133,7 @@ def test_what_each_step_draws_and_publishes(world: World, tmp_path: Path) -> Non
         value={"warmup_steps": 1},
         evaluation={"prompts": str(world.prompts), "every": 1, "num_prompts": 2},
     )
-    train(config, replace(services, policies=[policy]))
+    train(config, replace(services, policies={0: policy}))
     evaluations, steps = policy.calls[::2], policy.calls[1::2]
     prompts = [prompt_id for _, batch in steps for prompt_id in batch]
     every_id = ["1", "2", "3", "4", "5", "6"]
@@ -173,7 +173,9 @@ def test_a_service_with_another_tokenizer_is_refused(world: World, tmp_path: Pat
 
     other = write_tiny_folder(tmp_path / "other", "llama", ["entirely different text"])
     policy = LocalPolicy.load(PolicyConfig(model=other))
-    services = replace(world.services(), policies=[policy], weights=[LocalWeights(policy.engine)])
+    services = replace(
+        world.services(), policies={0: policy}, weights=[LocalWeights(policy.engine)]
+    )
     with pytest.raises(ConfigError, match="the policy service has another tokenizer"):
         train(world.config(tmp_path / "run"), services)
     assert not (tmp_path / "run").exists()
@@ -183,7 +185,9 @@ def test_a_service_that_takes_shorter_sequences_is_refused(world: World, tmp_pat
     limits = {"max_item_tokens": 51}
     config = PolicyConfig.model_validate({"model": world.model, "limits": limits})
     policy = LocalPolicy.load(config)
-    services = replace(world.services(), policies=[policy], weights=[LocalWeights(policy.engine)])
+    services = replace(
+        world.services(), policies={0: policy}, weights=[LocalWeights(policy.engine)]
+    )
     sentence = r"takes sequences of 51 tokens, but max_prompt_tokens 40 plus .* 12 is 52"
     with pytest.raises(ConfigError, match=sentence):
         train(world.config(tmp_path / "run"), services)

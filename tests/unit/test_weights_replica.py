@@ -559,7 +559,7 @@ def test_the_publisher_publishes_in_process(
 ) -> None:
     """Deltas after the first version, which is empty; the shadow follows the commits alone."""
     store = Store(tmp_path / "published")
-    publisher = Publisher([LocalWeights(world.engine)], store, run_id="run", fence=1)
+    publisher = Publisher({0: LocalWeights(world.engine)}, store, run_id="run", fence=1)
     first = publisher.publish(load_causal_lm(tiny_folder), 1)
     assert (first.version, first.bytes, first.changed_fraction) == (1, 0, 0.0)
     second = publisher.publish(trained, 2)

@@ -6,19 +6,20 @@
                                               │ yes
                                           the head; replicas that are missing catch up
 
-"Enough" is every replica, or the configured quorum. Beyond ``flat_replicas`` a replica fetches from
+"Enough" is every replica, or the configured quorum. Replicas may come and go between two publishes;
+each has a number that stays its own. Beyond ``flat_replicas`` a replica fetches from
 one that fetches before it, a tree; the publisher stays its second source.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from kleash.rpc.errors import InternalError, ServiceError
+from kleash.rpc.errors import InternalError, ServiceError, Unavailable
 from kleash.weights.fetch import Source
 from kleash.weights.manifest import describe_key, key_of
 from kleash.weights.store import Store
@@ -56,8 +57,11 @@ class Replica(Protocol):
     def check_canary(self, token_ids: bytes) -> weights_pb2.CheckCanaryResponse: ...
 
 
+Replicas = Mapping[int, Replica]
+"""Replicas by their numbers. One that changes while it is used gives snapshots: dict(replicas)."""
+
 Check = Callable[[int, Replica], None]
-"""Looks at a replica, by its index, that has committed; what it raises is a failed commit."""
+"""Looks at a replica, by its number, that has committed; what it raises is a failed commit."""
 
 CANARY_MISMATCH = "CANARY_MISMATCH"
 """Reason of a check that no quorum outvotes: the version is right, and is computed wrongly."""
@@ -80,7 +84,7 @@ class FleetSettings:
 
 @dataclass(frozen=True)
 class FleetReport:
-    """What became of a version at every replica, by their indices."""
+    """What became of a version at every replica, by their numbers."""
 
     committed: dict[int, weights_pb2.CommitResponse]
     failures: dict[int, ServiceError] = field(default_factory=dict)
@@ -91,21 +95,27 @@ class Coordinator:
 
     def __init__(
         self,
-        replicas: Sequence[Replica],
+        replicas: Replicas,
         store: Store,
         store_address: str,
         settings: FleetSettings | None = None,
     ) -> None:
         """``store_address`` is where replicas in other processes reach the store."""
-        self.replicas = list(replicas)
+        self.replicas = replicas
         self.settings = settings or FleetSettings()
         self._store = store
         self._store_address = store_address
 
-    @property
-    def needed(self) -> int:
-        """Replicas that must commit."""
-        return min(self.settings.quorum or len(self.replicas), len(self.replicas))
+    def needed(self, num_replicas: int) -> int:
+        """Replicas that must commit, of so many. Raises Unavailable when there are fewer."""
+        needed = self.settings.quorum or max(num_replicas, 1)
+        if num_replicas < needed:
+            raise Unavailable(
+                f"{num_replicas} policy replicas are there, and a version needs {needed}; start "
+                "them, or lower publish.quorum.",
+                reason="NO_REPLICA",
+            )
+        return needed
 
     def publish(
         self,
@@ -117,27 +127,28 @@ class Coordinator:
         Raises the first replica's ServiceError when too few replicas follow.
         """
         key, store = key_of(manifest), self._store
-        request = self._request(key, manifest)
-        staged, failures = self._each(
-            range(len(self.replicas)), lambda index: self._prepare(index, request)
-        )
-        if len(staged) < self.needed:
-            self._each(range(len(self.replicas)), lambda index: self.replicas[index].abort(key))
+        request, fleet = self._request(key, manifest), dict(self.replicas)
+        needed = self.needed(len(fleet))
+        staged, failures = self._each(fleet, lambda index: self._prepare(fleet, index, request))
+        if len(staged) < needed:
+            self._each(fleet, lambda index: fleet[index].abort(key))
             store.record("given_up", key, phase="prepare")
             raise _first(failures)
         store.record("deciding", key, replicas=sorted(staged))
-        committed, late = self._each(sorted(staged), lambda index: self._commit(index, key, check))
+        committed, late = self._each(
+            sorted(staged), lambda index: self._commit(index, fleet[index], key, check)
+        )
         failures |= late
         is_off = any(error.reason == CANARY_MISMATCH for error in late.values())
-        if len(committed) < self.needed or is_off:
+        if len(committed) < needed or is_off:
             for index in staged:
-                self._take_back(index, key)
+                self._take_back(index, fleet[index], key)
             store.record("given_up", key, phase="commit")
             raise _first(late)
         for index, error in failures.items():
             logger.warning(
-                "policy replica %d does not serve %s yet and has to catch up: %s",
-                index,
+                "%s does not serve %s yet and has to catch up: %s",
+                describe_replica(index, fleet[index]),
                 describe_key(key),
                 error,
             )
@@ -148,16 +159,20 @@ class Coordinator:
         self, index: int, key: weights_pb2.VersionKey, check: Check
     ) -> weights_pb2.CommitResponse:
         """Bring one replica to a committed version, whatever it serves. Raises ServiceError."""
-        self._prepare(index, self._request(key, None))
-        return self._commit(index, key, check)
+        fleet = dict(self.replicas)
+        if index not in fleet:
+            raise Unavailable(f"policy replica {index} has left.", reason="NO_REPLICA")
+        self._prepare(fleet, index, self._request(key, None))
+        return self._commit(index, fleet[index], key, check)
 
-    def sources(self, index: int) -> list[str]:
+    def sources(self, fleet: Replicas, index: int) -> list[str]:
         """Addresses of the stores from which a replica fetches, in order."""
-        flat = self.settings.flat_replicas
-        if index < flat:
+        flat, order = self.settings.flat_replicas, sorted(fleet)
+        place = order.index(index)
+        if place < flat:
             return [self._store_address]
-        parent = (index - flat) // self.settings.peer_fan_out
-        return [self.replicas[parent].address, self._store_address]
+        parent = order[(place - flat) // self.settings.peer_fan_out]
+        return [fleet[parent].address, self._store_address]
 
     def _request(
         self, key: weights_pb2.VersionKey, manifest: weights_pb2.Manifest | None
@@ -169,46 +184,44 @@ class Coordinator:
         )
 
     def _prepare(
-        self, index: int, request: weights_pb2.PrepareRequest
+        self, fleet: Replicas, index: int, request: weights_pb2.PrepareRequest
     ) -> weights_pb2.PrepareResponse:
         own = weights_pb2.PrepareRequest()
         own.CopyFrom(request)
-        own.sources.extend(self.sources(index))
-        return self.replicas[index].prepare(
-            own, self._store, timeout_s=self.settings.prepare_timeout_s
-        )
+        own.sources.extend(self.sources(fleet, index))
+        return fleet[index].prepare(own, self._store, timeout_s=self.settings.prepare_timeout_s)
 
     def _commit(
-        self, index: int, key: weights_pb2.VersionKey, check: Check
+        self, index: int, replica: Replica, key: weights_pb2.VersionKey, check: Check
     ) -> weights_pb2.CommitResponse:
-        replica = self.replicas[index]
         response = replica.commit(
             key, self.settings.in_flight, timeout_s=self.settings.commit_timeout_s
         )
         if (response.version, response.digest) != (key.version, key.digest):
             raise InternalError(
-                f"policy replica {index} serves version {response.version} with digest "
+                f"{describe_replica(index, replica)} serves version {response.version} with digest "
                 f"{response.digest} after the commit of version {key.version} with digest "
                 f"{key.digest}; does another trainer publish to it?"
             )
         check(index, replica)
         return response
 
-    def _take_back(self, index: int, key: weights_pb2.VersionKey) -> None:
+    def _take_back(self, index: int, replica: Replica, key: weights_pb2.VersionKey) -> None:
         """Best effort: a replica that cannot be told is brought along by the next publish."""
-        for undo in (self.replicas[index].abort, self.replicas[index].rollback):
+        for undo in (replica.abort, replica.rollback):
             try:
                 undo(key)
             except ServiceError as error:
                 if error.reason != "NOT_SERVED":
-                    logger.warning("policy replica %d: %s", index, error)
+                    logger.warning("%s: %s", describe_replica(index, replica), error)
 
     def _each(
-        self, indices: Sequence[int] | range, function: Callable[[int], X]
+        self, numbers: Iterable[int], function: Callable[[int], X]
     ) -> tuple[dict[int, X], dict[int, ServiceError]]:
-        """``function`` of every index, in parallel: results and failures."""
+        """``function`` of every number, in parallel: results and failures."""
         results: dict[int, X] = {}
         failures: dict[int, ServiceError] = {}
+        indices = list(numbers)
         with ThreadPoolExecutor(max(len(indices), 1), "publish") as threads:
             futures = {index: threads.submit(function, index) for index in indices}
             for index, future in futures.items():
@@ -217,6 +230,11 @@ class Coordinator:
                 except ServiceError as error:
                     failures[index] = error
         return results, failures
+
+
+def describe_replica(index: int, replica: Replica) -> str:
+    """For messages: its number, and its address when it has one."""
+    return f"policy replica {index}" + (f" ({replica.address})" if replica.address else "")
 
 
 def _first(failures: dict[int, ServiceError]) -> ServiceError:

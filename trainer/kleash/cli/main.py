@@ -1,6 +1,7 @@
 """The ``kleash`` command: finds the subcommand, turns errors into one sentence and a status.
 
-Status: 0 done, 1 failed, 2 the user's input cannot be used, 3 a service failed, 130 interrupted.
+Status: 0 done, 1 failed, 2 the user's input cannot be used, 3 a service failed; 130 and 143 when
+Ctrl-C or SIGTERM ended it before the work was done.
 Nothing heavy is imported before a subcommand needs it: ``kleash --help`` answers at once.
 """
 

@@ -44,7 +44,7 @@ def run_ppo(arguments: Sequence[str]) -> int:
     """Stage 3, the trainer alone."""
     from kleash.ppo.config import PPOConfig
 
-    return _run_stage("ppo", PPOConfig, "kleash.ppo.run:run", arguments, _ppo_outcome)
+    return _run_stage("ppo", PPOConfig, "kleash.cluster.trainer:run", arguments, _ppo_outcome)
 
 
 def _done(config: Any, _report: Any) -> str:
@@ -81,4 +81,7 @@ def _run_stage(
     finally:
         progress.finish()
     show(f"{name}: {describe(config, report)}")
-    return 0
+    # As a shell would say it of a process that the signal ended: whoever started it, a Job of
+    # Kubernetes say, has to know that the work is not done.
+    signal_number = getattr(report, "signal_number", 0)
+    return 128 + signal_number if signal_number else 0

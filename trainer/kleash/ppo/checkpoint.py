@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kleash.base.config import describe_config, save_config
+from kleash.base.durable import flush_folder, flush_tree
 from kleash.base.errors import ConfigError
 from kleash.lm.digest import canonical_tensors
 from kleash.lm.load import save_checkpoint_folder
@@ -39,13 +39,14 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 
 FREE_KEYS = (
-    "out", "prompts", "model", "reward_model", "services", "publish", "server", "evaluation",
-    "checkpoint",
+    "out", "run_id", "prompts", "model", "reward_model", "services", "publish", "server",
+    "evaluation", "checkpoint",
     "micro_batch_tokens", "isolate_scoring", "device", "num_threads", "resume", "skip_bad",
     "pad_token", "chat_template",
 )  # fmt: skip
 """Configuration that may change in a resumed run: where things are and how they are computed, not
-what is computed. Models and prompts may move; their digests may not change."""
+what is computed. Models and prompts may move; their digests may not change. The id of a run is
+that of run.json, which the run folder compares."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,17 @@ class Checkpoint:
                     "new run in another --out."
                 )
 
-    def check_digests(self, digests: dict[str, str]) -> None:
-        """Raise ConfigError when a model or the prompts are not those of the run."""
+    def check_digests(self, digests: dict[str, str], *, may_adopt: bool = False) -> None:
+        """Raise ConfigError when a model or the prompts are not those of the run.
+
+        ``may_adopt``: another reward model is told in the log, and accepted.
+        """
         for name, old in self.digests.items():
-            if digests.get(name) != old:
+            if digests.get(name) == old:
+                continue
+            if name == "reward_model" and may_adopt:
+                logger.warning("the run goes on with reward model %s, not %s", digests[name], old)
+            else:
                 raise ConfigError(
                     f"the {name.replace('_', ' ')} ({digests.get(name)}) is not the one that the "
                     f"run in {self.run_folder} was started with ({old}); bring that one back to "
@@ -158,10 +166,10 @@ def save(
         "files": {name: _describe(partial / name) for name in _files(partial)},
     }
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _flush(partial)
+    flush_tree(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    _flush_folder(folder)
+    flush_folder(folder)
     for old in _steps(folder)[: -config.checkpoint.keep]:
         shutil.rmtree(old)
     return target
@@ -257,25 +265,6 @@ def _describe(path: Path) -> dict[str, Any]:
             "bytes": path.stat().st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
-
-
-def _flush(folder: Path) -> None:
-    """Every file and folder to disk, before the rename makes them a checkpoint."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

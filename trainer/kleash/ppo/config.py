@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from kleash.base.config import Config
+from kleash.base.config import Config, RunId
 from kleash.rpc.server import ServerConfig
 
 
@@ -15,11 +15,21 @@ class ServicesConfig(Config):
     """Where the three services are."""
 
     policy: tuple[str, ...] = ("127.0.0.1:50051",)
-    """Addresses of the policy replicas, host:port, as a list or with commas; they share a batch."""
+    """Addresses of the policy replicas, host:port, as a list or with commas; they share a batch.
+    With another discovery than static one address, that of a headless Service or of any name with
+    an address for each replica."""
+    discovery: Literal["static", "dns", "endpoint_slices"] = "static"
+    """How replicas are found. static: those named in policy, all of them at start. dns: every
+    address of the name in policy, looked up again and again. endpoint_slices: the endpoints of that
+    Service, watched at the Kubernetes API, or dns where that cannot be asked. With the last two
+    replicas may come and go in the middle of a run, which goes on with those that are there."""
     reward: str = "127.0.0.1:50052"
     """Address of the reward service."""
     reference: str = "127.0.0.1:50053"
     """Address of the reference service; the reward service's when one process hosts both."""
+    new_reward_model: Literal["refuse", "adopt"] = "refuse"
+    """When the reward service serves another model than the run began with: end the run, or go on
+    with it. A step is scored by one model alone, also while replicas of both answer."""
     wait_s: float = pydantic.Field(default=120.0, ge=0)
     """Seconds to wait for a service that does not answer, at start and in the middle of a run."""
     generate_timeout_s: float = pydantic.Field(default=600.0, gt=0)
@@ -41,6 +51,20 @@ class ServicesConfig(Config):
             raise ValueError("needs at least one address, host:port")
         return value
 
+    @pydantic.model_validator(mode="after")
+    def _one_name_to_discover(self) -> Self:
+        if self.discovery != "static" and len(self.policy) != 1:
+            raise ValueError(
+                f"policy has {len(self.policy)} addresses; with discovery {self.discovery} name "
+                "one, that stands for all replicas"
+            )
+        return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether policy replicas may come and go."""
+        return self.discovery != "static"
+
 
 class PublishConfig(Config):
     """How new weights reach the policy replicas; docs/weights.md explains the protocol."""
@@ -51,7 +75,11 @@ class PublishConfig(Config):
     """Where replicas reach the store, host:port; null is the server's own address."""
     quorum: int | None = pydantic.Field(default=None, ge=1)
     """Replicas that must serve a new version for the run to go on, with those alone until the
-    others have caught up; null means all."""
+    others have caught up; null means all, and one where services.discovery is not static."""
+    lease: str | None = None
+    """Kubernetes Lease, in the trainer's namespace, that the trainer holds while it publishes, one
+    for each fleet of policy replicas: a second trainer is refused while the first one lives. null
+    holds none, and a later trainer takes over from an earlier one."""
     in_flight: Literal["drain", "keep", "reprefill", "abort_partial"] = "keep"
     """Responses that are being generated at a commit: end with the old weights first, go on with
     the keys and values they have, go on with new ones, or end where they are."""
@@ -229,6 +257,9 @@ class PPOConfig(Config):
 
     out: Path
     """Run folder: checkpoints, metrics.jsonl, and at the end policy/ and report.json."""
+    run_id: RunId = None
+    """Name of the run that this stage belongs to, recorded in kleash.json and every checkpoint;
+    null makes one."""
     prompts: str
     """Training prompts: a JSON Lines file or a Hugging Face dataset."""
     model: Path
@@ -299,7 +330,18 @@ class PPOConfig(Config):
                 f"value.warmup_steps {self.value.warmup_steps} leaves none of the "
                 f"{self.total_steps} total_steps to PPO"
             )
+        num_replicas, quorum = len(self.services.policy), self.publish.quorum
+        if quorum is not None and not self.services.is_elastic and quorum > num_replicas:
+            raise ValueError(
+                f"publish.quorum is {quorum}, and services.policy names {num_replicas} replicas; "
+                "lower it or name more replicas"
+            )
         return self
+
+    @property
+    def quorum(self) -> int | None:
+        """Replicas that must serve a new version; None means all that there are."""
+        return self.publish.quorum or (1 if self.services.is_elastic else None)
 
     @property
     def kl_horizon(self) -> float:

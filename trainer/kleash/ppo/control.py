@@ -54,6 +54,8 @@ class Control:
 
     steps: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every step so far; only ever appended to."""
+    signal_number: int = 0
+    """The signal that ends the run; 0 for none."""
 
     def __post_init__(self) -> None:
         self._condition = threading.Condition()
@@ -82,16 +84,18 @@ class Control:
         """Go on after ``pause``."""
         return self._change(is_pausing=False)
 
-    def stop(self, *, abandon_rollout: bool = False) -> RunState:
+    def stop(self, *, abandon_rollout: bool = False, signal_number: int = 0) -> RunState:
         """End the run after the step in progress, with a checkpoint.
 
         ``abandon_rollout``: if the step is still collecting its rollout, give that up and end at
         once; nothing is lost but the responses, which a resumed run draws again.
+        ``signal_number``: the signal that asks for it; 0 for a caller.
 
         Takes no lock: a signal handler calls it in the middle of anything the main thread does.
         """
         self._is_stopping = True
         self._is_abandoning |= abandon_rollout
+        self.signal_number = self.signal_number or signal_number
         return self._snapshot.state if self._is_over else RunState.STOPPING
 
     def request_checkpoint(self) -> Future[SavedCheckpoint]:

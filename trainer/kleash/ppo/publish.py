@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +25,16 @@ import torch
 
 from kleash.lm.digest import DTYPE_NAMES, canonical_tensors, schema_digest, tensor_words
 from kleash.ppo.config import PublishConfig
-from kleash.rpc.errors import InternalError, PreconditionFailed, ServiceError
-from kleash.weights.coordinator import CANARY_MISMATCH, Check, Coordinator, FleetSettings, Replica
+from kleash.rpc.errors import InternalError, PreconditionFailed, ServiceError, Unavailable
+from kleash.weights.coordinator import (
+    CANARY_MISMATCH,
+    Check,
+    Coordinator,
+    FleetSettings,
+    Replica,
+    Replicas,
+    describe_replica,
+)
 from kleash.weights.encoder import EncodedShards, Shadow, Shard, encode_shards, merge
 from kleash.weights.manifest import Schema, TensorShape, dense_bytes, encoded_bytes, num_changed
 from kleash.weights.store import Store
@@ -70,7 +78,7 @@ class PublishReport:
     pause_s: float
     """Longest time for which a replica did not generate."""
     replicas: tuple[int, ...]
-    """Indices of the replicas that serve the version."""
+    """Numbers of the replicas that serve the version."""
 
     def figures(self) -> dict[str, float]:
         """For metrics.jsonl; docs/metrics.md defines them."""
@@ -106,7 +114,7 @@ class Publisher:
 
     def __init__(
         self,
-        replicas: Sequence[Replica],
+        replicas: Replicas,
         store: Store,
         *,
         run_id: str,
@@ -114,20 +122,22 @@ class Publisher:
         config: PublishConfig | None = None,
         store_address: str = "",
         canary: Canary | None = None,
+        may_publish: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
+        replicas: by number; with an elastic fleet they change between two calls.
         fence: this trainer's epoch; replicas refuse a lower one than they have seen.
         store_address: where replicas in other processes reach ``store``.
         canary: compared on every replica after each commit.
+        may_publish: raises a ServiceError when another trainer holds the fleet.
         """
         config = config or PublishConfig()
         self.store = store
         self._run_id = run_id
         self._fence = fence
         self._canary = canary
-        self._coordinator = Coordinator(
-            replicas, store, store_address, _settings(config, len(replicas))
-        )
+        self._coordinator = Coordinator(replicas, store, store_address, _settings(config))
+        self._may_publish = may_publish
         self._shadow: Shadow | None = None
         self._base = (0, "")
         self._pending: _Pending | None = None
@@ -145,6 +155,7 @@ class Publisher:
         Raises a replica's ServiceError when too few replicas follow; all serve what they did.
         """
         begin = time.monotonic()
+        self._may_publish()
         head = self.store.head
         if head is not None and (head.fence, head.version) == (self._fence, version):
             return self._repeat(head, begin)
@@ -183,9 +194,15 @@ class Publisher:
                 f"version {version} is not published; {head.version if head else 'none'} is.",
                 reason="NOT_PUBLISHED",
             )
-        if self._coordinator.replicas[replica].get_weights().served != head:
+        client = self._coordinator.replicas.get(replica)
+        if client is None:
+            raise Unavailable(f"policy replica {replica} has left.", reason="NO_REPLICA")
+        if client.get_weights().served != head:
+            self._may_publish()
             logger.warning(
-                "policy replica %d does not serve version %d; bringing it there", replica, version
+                "%s does not serve version %d; bringing it there",
+                describe_replica(replica, client),
+                version,
             )
             self._coordinator.catch_up(replica, head, self._check)
 
@@ -197,13 +214,15 @@ class Publisher:
     def _repeat(self, head: weights_pb2.VersionKey, begin: float) -> PublishReport:
         """Bring those replicas to the committed version that do not serve it."""
         served, failures = [], []
-        for index in range(len(self._coordinator.replicas)):
+        fleet = list(self._coordinator.replicas)
+        needed = self._coordinator.needed(len(fleet))
+        for index in fleet:
             try:
                 self.ensure(index, head.version)
                 served.append(index)
             except ServiceError as error:
                 failures.append(error)
-        if len(served) < self._coordinator.needed:
+        if len(served) < needed:
             raise failures[0]
         return PublishReport(
             version=head.version,
@@ -275,13 +294,19 @@ class Publisher:
             return self.store.put(manifest, file)
 
     def _served_schema_digest(self) -> str:
-        """What the replicas serve, asked of all of them."""
-        replicas = self._coordinator.replicas
+        """What the replicas serve, asked of all of them, or of as many as must commit."""
+        replicas = dict(self._coordinator.replicas)
+        needed = self._coordinator.needed(len(replicas))
+        schemas, failures = [], []
         with ThreadPoolExecutor(len(replicas), "publish") as threads:
-            schemas = {
-                served.schema_digest
-                for served in threads.map(lambda replica: replica.get_weights(), replicas)
-            }
+            for answer in [threads.submit(its.get_weights) for its in replicas.values()]:
+                try:
+                    schemas.append(answer.result().schema_digest)
+                except ServiceError as error:
+                    failures.append(error)
+        if len(schemas) < needed:
+            raise failures[0]
+        schemas = set(schemas)
         if len(schemas) > 1:
             raise PreconditionFailed(
                 "the policy replicas serve models of different shapes or data types; "
@@ -304,9 +329,9 @@ class Publisher:
         gap = float(np.abs(found - expected).max())
         if not gap <= tolerance:
             raise InternalError(
-                f"policy replica {index} serves the right bits and computes other log-probs: the "
-                f"canary is {gap:.3g} nats off, and rounding makes at most {tolerance:g}; restart "
-                "the replica, and check its engine.",
+                f"{describe_replica(index, replica)} serves the right bits and computes other "
+                f"log-probs: the canary is {gap:.3g} nats off, and rounding makes at most "
+                f"{tolerance:g}; restart the replica, and check its engine.",
                 reason=CANARY_MISMATCH,
                 metadata={"gap": f"{gap:.6g}"},
             )
@@ -346,13 +371,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _settings(config: PublishConfig, num_replicas: int) -> FleetSettings:
-    if config.quorum is not None and config.quorum > num_replicas:
-        raise PreconditionFailed(
-            f"publish.quorum is {config.quorum}, and there are {num_replicas} policy replicas; "
-            "lower it or name more replicas.",
-            reason="QUORUM",
-        )
+def _settings(config: PublishConfig) -> FleetSettings:
     return FleetSettings(
         quorum=config.quorum,
         in_flight=IN_FLIGHT[config.in_flight],

@@ -40,6 +40,8 @@ class PPOReport:
     weights_version: int
     digests: dict[str, str]
     """Of the policy and of what it came from."""
+    signal_number: int = 0
+    """The signal that ended the run before its last step; 0 for none."""
 
 
 def write_result(run: Session, *, seconds: float, is_complete: bool) -> PPOReport:
@@ -63,6 +65,7 @@ def write_result(run: Session, *, seconds: float, is_complete: bool) -> PPORepor
         run_id=run.folder.run_id,
         weights_version=run.position.weights_version,
         digests={"policy": model_digest(run.learner.policy), **run.digests},
+        signal_number=0 if is_complete else run.control.signal_number,
     )
     if is_complete:
         # One may be here: of this very state when a finished run is resumed, of another one when

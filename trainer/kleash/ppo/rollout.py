@@ -26,14 +26,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kleash.base.errors import KleashError
-from kleash.client.calls import ItemError
 from kleash.client.types import GeneratedSequence, Sampling
 from kleash.data.prompts import PromptRecord
 from kleash.lm.sequences import TokenSequence
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.rows import Row, number_rows, requests_of, shares_of
-from kleash.ppo.services import Services
+from kleash.ppo.scoring import Finished, Group, RolloutError, Scoring
+from kleash.ppo.services import Policy, Services
 from kleash.rpc.errors import Overloaded, PreconditionFailed, ServiceError, Unavailable
 
 SCORING_THREADS = 4
@@ -41,10 +41,6 @@ SCORING_THREADS = 4
 
 POLL_S = 0.2
 """How often a rollout looks whether it is to be abandoned."""
-
-
-class RolloutError(KleashError):
-    """A service answered with something that cannot be trained on."""
 
 
 class RolloutAbandonedError(KleashError):
@@ -79,29 +75,19 @@ class Rollout:
     """Until the last response was there."""
     score_s: float
     """From then until everything was scored: the part of scoring that generation did not hide."""
+    reward_revision: str
+    """Digest of the reward model that gave every score."""
 
 
-_Finished = tuple[Row, GeneratedSequence, TokenSequence]
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Responses that were scored together."""
-
-    rows: list[_Finished]
-    scores: Future[list[float]]
-    log_probs: Future[list[np.ndarray]]
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Collector:
-    """Collects rollouts from the services; holds no state between two calls."""
+    """Collects rollouts from the services."""
 
     services: Services
     config: PPOConfig
     tokenizer_sha256: str
     reward_revision: str
-    """Scores of another reward model are refused."""
+    """Scores of another reward model are refused, or it is adopted: then this becomes its."""
     reference_revision: str
     """Log-probs of another reference are refused."""
     ensure_weights: Callable[[int, int], None]
@@ -123,12 +109,14 @@ class Collector:
         self._check_abandoned()
         start = time.monotonic()
         rows = number_rows(prompts)
-        replicas = self._replicas or list(range(len(self.services.policies)))
+        replicas = self._replicas or list(self.services.policies)
+        if not replicas:
+            raise Unavailable("no policy replica is there.", reason="NO_REPLICA")
         shares = shares_of(rows, len(replicas))
         drawing = ThreadPoolExecutor(len(shares), "generate")
         scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
         task = _Task(self, replicas, seed, weights_version, scoring)
-        same_reference = scoring.submit(task.check_reference)
+        same_reference = scoring.submit(task.scoring.check_reference)
         try:
             futures = [drawing.submit(task.run, index, share) for index, share in enumerate(shares)]
             self._wait(futures)
@@ -136,6 +124,9 @@ class Collector:
             generated = time.monotonic()
             answers = [future for group in groups for future in (group.scores, group.log_probs)]
             self._wait([same_reference, *answers])
+            settled = scoring.submit(task.scoring.settle, groups)
+            self._wait([settled])
+            self.reward_revision = settled.result()
             samples = sorted(
                 (pair for group in groups for pair in _samples(group, weights_version)),
                 key=lambda pair: pair[0],
@@ -148,6 +139,7 @@ class Collector:
             samples=[sample for _, sample in samples],
             generate_s=generated - start,
             score_s=time.monotonic() - generated,
+            reward_revision=self.reward_revision,
         )
 
     def _wait(self, futures: Sequence[Future]) -> None:
@@ -181,11 +173,17 @@ class _Task:
         self._services = collector.services
         self._config = config
         self._tokenizer_sha256 = collector.tokenizer_sha256
-        self._reward_revision = collector.reward_revision
-        self._reference_revision = collector.reference_revision
         self._ensure_weights = collector.ensure_weights
         self._weights_version = weights_version
-        self._pool = pool
+        self.scoring = Scoring(
+            services=collector.services,
+            config=config,
+            tokenizer_sha256=collector.tokenizer_sha256,
+            reward_revision=collector.reward_revision,
+            reference_revision=collector.reference_revision,
+            pool=pool,
+            is_over=self.is_over,
+        )
         self._sampling = Sampling(
             seed=seed,
             max_new_tokens=config.sampling.max_new_tokens,
@@ -193,96 +191,28 @@ class _Task:
             stop_token_ids=config.sampling.stop_token_ids,
         )
 
-    def run(self, index: int, rows: Sequence[Row]) -> list[_Group]:
+    def run(self, index: int, rows: Sequence[Row]) -> list[Group]:
         """Generate the share of a replica and hand each full group on."""
-        groups: list[_Group] = []
-        finished: list[_Finished] = []
+        groups: list[Group] = []
+        finished: list[Finished] = []
         with contextlib.closing(self._generate(index, rows)) as arrivals:
             for row, generated in arrivals:
                 finished.append((row, generated, _sequence(row, generated, self._weights_version)))
                 if len(finished) == self._config.services.group_size:
                     _raise_failures(groups)
-                    groups.append(self._submit(finished))
+                    groups.append(self.scoring.submit(finished))
                     finished = []
         if finished:
-            groups.append(self._submit(finished))
+            groups.append(self.scoring.submit(finished))
         return groups
-
-    def check_reference(self) -> None:
-        """Log-probs do not name the model they come from; a replaced service tells here."""
-        patience = Patience(self._config.services.wait_s, self.is_over.is_set)
-        while True:
-            try:
-                revision = self._services.reference.get_model().model.revision
-                break
-            except Unavailable as error:
-                patience.wait_after(error)
-        if revision != self._reference_revision:
-            raise RolloutError(
-                f"the reference service serves {revision}, and the run began with "
-                f"{self._reference_revision}; serve that reference again and resume."
-            )
-
-    def _submit(self, rows: list[_Finished]) -> _Group:
-        return _Group(
-            rows,
-            scores=self._pool.submit(self._retry, self._score, rows),
-            log_probs=self._pool.submit(self._retry, self._reference_log_probs, rows),
-        )
-
-    def _score(self, sequences: list[TokenSequence]) -> list[float]:
-        scores = self._services.reward.score_tokens(
-            sequences,
-            tokenizer_sha256=self._tokenizer_sha256,
-            normalize=True,
-            isolate=self._config.isolate_scoring,
-        )
-        for score in scores:
-            if score.revision != self._reward_revision:
-                raise RolloutError(
-                    f"the reward service scored with {score.revision}, and the run began with "
-                    f"{self._reward_revision}; serve that reward model again and resume."
-                )
-        return [score.score for score in scores]
-
-    def _reference_log_probs(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
-        return self._services.reference.log_probs(
-            sequences,
-            temperature=self._config.sampling.temperature,
-            tokenizer_sha256=self._tokenizer_sha256,
-            isolate=self._config.isolate_scoring,
-        )
-
-    def _retry(
-        self, function: Callable[[list[TokenSequence]], list], rows: list[_Finished]
-    ) -> list:
-        """Call until the service is there; a response that it cannot score is named."""
-        patience = Patience(self._config.services.wait_s, self.is_over.is_set)
-        while True:
-            try:
-                answers = function([sequence for _, _, sequence in rows])
-            except (Unavailable, Overloaded) as error:
-                patience.wait_after(error)
-                continue
-            except ItemError as error:
-                prompt_id = rows[error.index][0].record.prompt_id
-                raise RolloutError(
-                    f"the response to prompt {prompt_id!r} was not scored ({error.code}): "
-                    f"{error.cause}"
-                ) from None
-            if len(answers) != len(rows):
-                raise RolloutError(
-                    f"{len(rows)} sequences were sent to be scored, {len(answers)} came back."
-                )
-            return answers
 
     def _generate(
         self, index: int, rows: Sequence[Row]
     ) -> Generator[tuple[Row, GeneratedSequence]]:
         """Responses as they finish; after a failure those that are missing are asked for again.
 
-        So are those that a commit of other weights ended. The same replica is asked, or with a
-        quorum, which says that the run goes on without some, the next one. Tokens do not change.
+        So are those that a commit of other weights ended. The same replica is asked, or where the
+        run may go on without some, the next one. Tokens do not change.
         """
         replica = self._replicas[index]
         missing = {(row.record.prompt_id, row.sample_index): row for row in rows}
@@ -292,7 +222,7 @@ class _Task:
             num_aborted = 0
             try:
                 self._bring_weights(replica)
-                stream = self._services.policies[replica].generate(
+                stream = self._policy(replica).generate(
                     requests_of(missing.values()),
                     self._sampling,
                     min_weights_version=self._weights_version,
@@ -316,7 +246,7 @@ class _Task:
                 if isinstance(error, PreconditionFailed) and error.reason != "WEIGHTS_TOO_OLD":
                     raise
                 patience.wait_after(error)
-                if self._config.publish.quorum is not None:
+                if self._config.quorum is not None:
                     index = (index + 1) % len(self._replicas)
                     replica = self._replicas[index]
                 continue
@@ -325,6 +255,12 @@ class _Task:
                     f"policy replica {replica} ended its stream without {len(missing)} of "
                     f"{len(rows)} responses."
                 )
+
+    def _policy(self, replica: int) -> Policy:
+        policy = self._services.policies.get(replica)
+        if policy is None:
+            raise Unavailable(f"policy replica {replica} has left.", reason="NO_REPLICA")
+        return policy
 
     def _bring_weights(self, replica: int) -> None:
         """The replica serves the trainer's version; raises Unavailable while it may come to."""
@@ -336,7 +272,7 @@ class _Task:
             raise Unavailable(error.message, reason=error.reason) from None
 
 
-def _raise_failures(groups: Sequence[_Group]) -> None:
+def _raise_failures(groups: Sequence[Group]) -> None:
     """What cannot be scored need not be generated to the end."""
     for group in groups:
         for answer in (group.scores, group.log_probs):
@@ -362,8 +298,8 @@ def _sequence(row: Row, generated: GeneratedSequence, weights_version: int) -> T
     return TokenSequence(ids, response_start=len(row.record.ids))
 
 
-def _samples(group: _Group, weights_version: int) -> Iterator[tuple[int, Sample]]:
-    answers = zip(group.rows, group.scores.result(), group.log_probs.result(), strict=True)
+def _samples(group: Group, weights_version: int) -> Iterator[tuple[int, Sample]]:
+    answers = zip(group.rows, group.scores.result().scores, group.log_probs.result(), strict=True)
     for (row, generated, sequence), score, log_probs in answers:
         if not math.isfinite(score) or not np.isfinite(log_probs).all():
             raise RolloutError(

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from kleash.base.progress import Progress
 from kleash.ppo.config import PPOConfig, ServicesConfig
 from kleash.ppo.control import Control, RunState
+from kleash.ppo.lease import HoldLease, no_lease
 from kleash.ppo.report import PPOReport
 from kleash.ppo.service import TrainerService
 from kleash.ppo.services import Services, connect
@@ -20,23 +21,32 @@ from kleash.rpc.server import BackgroundServer
 
 logger = logging.getLogger(__name__)
 
+OpenServices = Callable[[ServicesConfig, Callable[[], bool]], AbstractContextManager[Services]]
+"""Waits for the services of a configuration until the function says that nobody needs them."""
+
 
 def run(
     config: PPOConfig,
     progress: Progress,
     *,
-    open_services: Callable[[ServicesConfig], AbstractContextManager[Services]] = connect,
+    open_services: OpenServices = connect,
+    hold_lease: HoldLease = no_lease,
 ) -> PPOReport:
     """Train until the run is over or stopped.
 
     ``open_services`` gives the services: by default clients of those at ``config.services``.
+    ``hold_lease`` waits for the right to publish to the policy replicas.
     """
     control = Control()
-    with BackgroundServer([TrainerService(control)], config.server) as server:
+    server = BackgroundServer([TrainerService(control)], config.server)
+    with server, _signals_stop(control):
         logger.info("trainer service at %s", server.address)
         try:
-            with open_services(config.services) as services, _signals_stop(control):
-                return train(config, services, control=control, progress=progress)
+            with (
+                hold_lease(config, control.is_abandoned) as lease,
+                open_services(config.services, control.is_abandoned) as services,
+            ):
+                return train(config, services, control=control, progress=progress, lease=lease)
         except BaseException as error:
             control.end(RunState.FAILED, str(error) or type(error).__name__)
             raise
@@ -50,7 +60,7 @@ def _signals_stop(control: Control) -> Iterator[None]:
         return
 
     def stop(number: int, _frame: object) -> None:
-        control.stop(abandon_rollout=True)
+        control.stop(abandon_rollout=True, signal_number=number)
         for each, handler in previous.items():
             signal.signal(each, handler)
         logger.info("%s: ending the run with a checkpoint", signal.Signals(number).name)

@@ -10,17 +10,17 @@ OUT/trainer.lock    held by the living trainer; the kernel lets go of it whateve
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kleash.base.config import save_config
+from kleash.base.durable import write_whole
 from kleash.base.errors import ConfigError
+from kleash.base.lock_file import HeldError, take_lock
 from kleash.ppo.config import PPOConfig
 
 LOCK_NAME = "trainer.lock"
@@ -61,16 +61,26 @@ class RunFolder:
         """A trainer starts: save the configuration and raise the fence above every one before.
 
         ``seen_fence`` is the highest that a policy replica knows: a new trainer always takes over,
-        and one that was believed dead is refused when it publishes.
+        and one that was believed dead is refused when it publishes. Raises ConfigError when the
+        folder's run has another id than ``config.run_id``.
         """
         path = self.path / "run.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.run_id = known.get("run_id") or f"{self.path.resolve().name}-{secrets.token_hex(4)}"
+        self.run_id = self._run_id(known.get("run_id"), config.run_id)
         self.fence = max(known.get("fence", 0), seen_fence) + 1
         write_whole(path, json.dumps({"run_id": self.run_id, "fence": self.fence}) + "\n")
         partial = self.path / ".config.json.partial"
         save_config(config, partial)
         partial.replace(self.path / "config.json")
+
+    def _run_id(self, known: str | None, wanted: str | None) -> str:
+        """The id that the folder's run has, or that a new run gets."""
+        if known and wanted and known != wanted:
+            raise ConfigError(
+                f"{self.path} holds the run {known!r}, and run_id is {wanted!r}; resume it as "
+                f"{known!r}, or start the other one in another --out."
+            )
+        return known or wanted or f"{self.path.resolve().name}-{secrets.token_hex(4)}"
 
     # ------------------------------------------------------------------------------- metrics.jsonl
 
@@ -107,7 +117,12 @@ def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     """
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path)
+    try:
+        lock = take_lock(path / LOCK_NAME)
+    except HeldError as error:
+        raise ConfigError(
+            f"a trainer works in {path} already ({error.holder}); stop it, or choose another --out."
+        ) from None
     try:
         folder = RunFolder(path)
         if folder.holds_a_run() and not resume:
@@ -120,35 +135,3 @@ def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
             (path / LOCK_NAME).unlink()
             path.rmdir()
         os.close(lock)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file's content at once, so that no reader ever sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _lock(path: Path) -> int:
-    """An open descriptor that holds the lock until it is closed."""
-    while True:
-        descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise ConfigError(
-                f"a trainer works in {path} already ({holder}); stop it, or choose another --out."
-            ) from None
-        # The holder before may have removed the file between our open and our lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == os.stat(path / LOCK_NAME).st_ino:
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return descriptor
-        os.close(descriptor)
-        path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -26,10 +26,11 @@ from kleash.ppo.patience import Patience
 from kleash.reference.v1 import reference_pb2
 from kleash.reward.v1 import reward_pb2
 from kleash.rpc.errors import ServiceError, Unavailable
-from kleash.weights.coordinator import Replica
+from kleash.weights.coordinator import Replicas
 
 logger = logging.getLogger(__name__)
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -80,51 +81,74 @@ class Reference(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Services:
-    """Everything outside of the trainer. ``policies[i]`` and ``weights[i]`` are one replica."""
+    """Everything outside of the trainer. ``policies[i]`` and ``weights[i]`` are one replica.
 
-    policies: Sequence[Policy]
-    weights: Sequence[Replica]
+    Where replicas come and go the two mappings change meanwhile, and a number is never used again:
+    work with a snapshot, ``dict(policies)``, and expect that a replica leaves.
+    """
+
+    policies: Mapping[int, Policy]
+    weights: Replicas
     reward: Reward
     reference: Reference
 
 
 @contextlib.contextmanager
-def connect(config: ServicesConfig) -> Iterator[Services]:
-    """Open the clients, wait until every service answers, and close them at the end.
+def connect(
+    config: ServicesConfig, is_abandoned: Callable[[], bool] = lambda: False
+) -> Iterator[Services]:
+    """Open the clients of fixed addresses, wait until all answer, and close them at the end.
 
     Raises Unavailable that names the service, its address and how to start it.
     """
     with contextlib.ExitStack() as stack:
-        policies = [
-            stack.enter_context(
-                contextlib.closing(
-                    # One replica, which answers GetPolicy before it has the weights of the run.
-                    PolicyClient(address, timeout_s=config.generate_timeout_s, checks_health=False)
-                )
-            )
-            for address in config.policy
-        ]
-        weights = [
-            stack.enter_context(contextlib.closing(WeightsClient(address)))
-            for address in config.policy
-        ]
-        reward = stack.enter_context(
-            contextlib.closing(RewardClient(config.reward, timeout_s=config.score_timeout_s))
-        )
-        reference = stack.enter_context(
-            contextlib.closing(ReferenceClient(config.reference, timeout_s=config.score_timeout_s))
-        )
-        for address, policy in zip(config.policy, policies, strict=True):
-            wait_for("policy", address, policy.get_policy, config.wait_s)
-        wait_for("reward", config.reward, reward.get_model, config.wait_s)
-        wait_for("reference", config.reference, reference.get_model, config.wait_s)
+        policies, weights = {}, {}
+        for index, address in enumerate(config.policy):
+            policies[index] = stack.enter_context(open_policy(address, config))
+            weights[index] = stack.enter_context(contextlib.closing(WeightsClient(address)))
+        reward, reference = stack.enter_context(open_scorers(config))
+        for index, address in enumerate(config.policy):
+            wait_for("policy", address, policies[index].get_policy, config.wait_s, is_abandoned)
+        wait_for_scorers(reward, reference, config, is_abandoned)
         yield Services(policies, weights, reward, reference)
 
 
-def wait_for(name: str, address: str, ask: Callable[[], T], wait_s: float) -> T:
+def open_policy(address: str, config: ServicesConfig) -> PolicyClient:
+    """A client of one replica, which answers GetPolicy before it has the weights of the run."""
+    return PolicyClient(address, timeout_s=config.generate_timeout_s, checks_health=False)
+
+
+@contextlib.contextmanager
+def open_scorers(config: ServicesConfig) -> Iterator[tuple[RewardClient, ReferenceClient]]:
+    """Clients of the reward and the reference service."""
+    with (
+        RewardClient(config.reward, timeout_s=config.score_timeout_s) as reward,
+        ReferenceClient(config.reference, timeout_s=config.score_timeout_s) as reference,
+    ):
+        yield reward, reference
+
+
+def wait_for_scorers(
+    reward: RewardClient,
+    reference: ReferenceClient,
+    config: ServicesConfig,
+    is_abandoned: Callable[[], bool],
+) -> None:
+    """Until both answer."""
+    wait_for("reward", config.reward, reward.get_model, config.wait_s, is_abandoned)
+    wait_for("reference", config.reference, reference.get_model, config.wait_s, is_abandoned)
+
+
+def wait_for(
+    name: str,
+    address: str,
+    ask: Callable[[], T],
+    wait_s: float,
+    is_abandoned: Callable[[], bool] = lambda: False,
+) -> T:
     """Ask until the service answers."""
     # A service that is still loading is no reason for a warning.
-    patience = Patience(wait_s, log_level=logging.DEBUG)
+    patience = Patience(wait_s, is_abandoned, log_level=logging.DEBUG)
     logger.info("waiting for the %s service at %s", name, address)
     while True:
         try:
@@ -135,6 +159,8 @@ def wait_for(name: str, address: str, ask: Callable[[], T], wait_s: float) -> T:
             try:
                 patience.wait_after(error)
             except Unavailable:
+                if is_abandoned():
+                    raise
                 port = address.rpartition(":")[2]
                 raise Unavailable(
                     f"the {name} service at {address} did not answer within {wait_s:g} s "
@@ -171,9 +197,10 @@ def shake_hands(
     """
     reward, reference = services.reward.get_model(), services.reference.get_model()
     told: list[tuple[str, Any]] = [("reward", reward), ("reference", reference)]
-    for replica, policy in enumerate(services.policies):
-        name = "policy" if len(services.policies) == 1 else f"policy (replica {replica})"
-        told.append((name, policy.get_policy()))
+    policies = dict(services.policies)
+    for replica, answer in _answers(policies, config, lambda its: its.get_policy()).items():
+        name = "policy" if len(policies) == 1 else f"policy (replica {replica})"
+        told.append((name, answer))
     for name, answer in told:
         if answer.tokenizer_sha256 != tokenizer_sha256:
             raise ConfigError(
@@ -195,5 +222,22 @@ def shake_hands(
             f"which is not the SFT checkpoint {config.model} ({frozen}); KL is measured from the "
             "policy's start, so serve that folder."
         )
-    fences = [weights.get_weights().fence for weights in services.weights]
-    return Handshake(reward.model.revision, reference.model.revision, max(fences))
+    served = _answers(dict(services.weights), config, lambda its: its.get_weights())
+    fence = max(answer.fence for answer in served.values())
+    return Handshake(reward.model.revision, reference.model.revision, fence)
+
+
+def _answers(replicas: Mapping[int, R], config: PPOConfig, ask: Callable[[R], T]) -> dict[int, T]:
+    """What all replicas say; where they come and go, one that is just leaving is left out."""
+    answers: dict[int, T] = {}
+    missing: Unavailable | None = None
+    for number, replica in replicas.items():
+        try:
+            answers[number] = ask(replica)
+        except Unavailable as error:
+            if not config.services.is_elastic:
+                raise
+            missing = error
+    if not answers:
+        raise missing or Unavailable("no policy replica is there.", reason="NO_REPLICA")
+    return answers

@@ -29,6 +29,7 @@ from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
 from kleash.ppo.evaluation import Evaluator, load_judge
 from kleash.ppo.learner import Learner
+from kleash.ppo.lease import PublishLease
 from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.publish import Canary, Publisher, PublishReport
 from kleash.ppo.randomness import draw
@@ -92,6 +93,18 @@ class Session:
                     logger.warning("version %d was not published: %s", version, error)
                     return None
                 patience.wait_after(error)
+
+    def note_reward_model(self, revision: str) -> None:
+        """The step at hand was scored by this model: the run's lineage names it from now on."""
+        if revision != self.digests["reward_model"]:
+            logger.warning(
+                "step %d is scored by reward model %s, the steps before it by %s",
+                self.position.step + 1,
+                revision,
+                self.digests["reward_model"],
+                extra={"event": "RewardModelAdopted"},
+            )
+            self.digests["reward_model"] = revision
 
     def record(self, metrics: dict[str, float]) -> None:
         """A step is done: keep its figures and move on."""
@@ -165,7 +178,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(config: PPOConfig, services: Services, control: Control) -> Iterator[Session]:
+def open_session(
+    config: PPOConfig, services: Services, control: Control, lease: PublishLease
+) -> Iterator[Session]:
     """Lock the run folder, load and check everything, go back to the newest checkpoint if any.
 
     Raises UserError, with nothing written, when something does not fit.
@@ -174,7 +189,7 @@ def open_session(config: PPOConfig, services: Services, control: Control) -> Ite
         open_run_folder(config.out, resume=config.resume) as folder,
         contextlib.ExitStack() as stack,
     ):
-        session = _prepare(config, services, control, folder, stack)
+        session = _prepare(config, services, control, lease=lease, folder=folder, stack=stack)
         _introduce(session)
         yield session
 
@@ -183,6 +198,8 @@ def _prepare(
     config: PPOConfig,
     services: Services,
     control: Control,
+    *,
+    lease: PublishLease,
     folder: RunFolder,
     stack: contextlib.ExitStack,
 ) -> Session:
@@ -210,10 +227,11 @@ def _prepare(
     saved = checkpoints.newest(folder.checkpoints)
     learner = _learner(config, policy, pretraining or (), saved, digests)
     _go_back(folder, saved)
-    folder.begin(config, max(hands.fence, saved.fence if saved else 0))
+    folder.begin(config, max(hands.fence, lease.fence, saved.fence if saved else 0))
+    lease.record(folder.run_id, folder.fence)
     canary_ids = prompts[0].ids[: config.publish.canary_tokens]
     canary = Canary(canary_ids, learner.canary_log_probs) if len(canary_ids) > 1 else None
-    publisher = _publisher(config, services, folder, canary, stack)
+    publisher = _publisher(config, services, lease=lease, folder=folder, canary=canary, stack=stack)
     return Session(
         config=config,
         services=services,
@@ -255,7 +273,7 @@ def _learner(
     if saved is None:
         return Learner(policy, _value_model(config), config, pretraining)
     saved.check_config(config)
-    saved.check_digests(digests)
+    saved.check_digests(digests, may_adopt=config.services.new_reward_model == "adopt")
     policy = load_causal_lm(saved.path / "policy", device=config.device)
     learner = Learner(policy, _value_model(config), config, pretraining)
     saved.load_into(learner)
@@ -332,16 +350,18 @@ def _go_back(folder: RunFolder, saved: Checkpoint | None) -> None:
 def _publisher(
     config: PPOConfig,
     services: Services,
+    *,
+    lease: PublishLease,
     folder: RunFolder,
     canary: Canary | None,
     stack: contextlib.ExitStack,
 ) -> Publisher:
     """The publisher, and the server of its store when a replica lives in another process."""
-    settings = config.publish
+    settings = config.publish.model_copy(update={"quorum": config.quorum})
     store = Store(folder.weights, keep_versions=settings.keep_versions)
     stack.callback(store.close)
     address = settings.address or ""
-    if any(replica.address for replica in services.weights):
+    if config.services.is_elastic or any(its.address for its in services.weights.values()):
         service = StoreService(store)
         server = stack.enter_context(BackgroundServer([service], settings.server))
         stack.callback(service.end_watches)  # runs first: the server waits for open streams
@@ -355,6 +375,7 @@ def _publisher(
         config=settings,
         store_address=address,
         canary=canary,
+        may_publish=lease.check,
     )
 
 

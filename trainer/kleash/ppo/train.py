@@ -14,6 +14,7 @@ import time
 from kleash.base.progress import NullProgress, Progress
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState
+from kleash.ppo.lease import NoLease, PublishLease
 from kleash.ppo.randomness import sampling_seed
 from kleash.ppo.report import PPOReport, write_result
 from kleash.ppo.rollout import RolloutAbandonedError
@@ -29,15 +30,17 @@ def train(
     *,
     control: Control | None = None,
     progress: Progress | None = None,
+    lease: PublishLease | None = None,
 ) -> PPOReport:
     """Run PPO to its last step, or until ``control`` stops it; both end with a checkpoint.
 
     Raises UserError before anything is written when models, data, services and configuration do not
-    fit together. The policy and report.json are written after the last step.
+    fit together. The policy and report.json are written after the last step. ``lease`` says whether
+    this trainer may publish; without one it takes the replicas over.
     """
     control, progress = control or Control(), progress or NullProgress()
     started = time.monotonic()
-    with open_session(config, services, control) as run:
+    with open_session(config, services, control, lease or NoLease()) as run:
         # Whatever the replicas served before, from here on it is this run's policy.
         run.publish(run.position.weights_version)
         progress.start(config.total_steps, "PPO")
@@ -85,6 +88,8 @@ def ppo_step(run: Session) -> dict[str, float]:
     rollout = run.collector.collect(
         run.draw_prompts(), seed=sampling_seed(config.seed, step), weights_version=version
     )
+
+    run.note_reward_model(rollout.reward_revision)
 
     # Old log-probs, values, rewards = score - beta * KL, advantages: before any update.
     collected = time.monotonic()

@@ -26,8 +26,8 @@ def local_services(config: UpConfig) -> Iterator[Services]:
     assert isinstance(reference_config, ReferenceConfig)
     with contextlib.closing(LocalPolicy.load(policy_config)) as policy:
         yield Services(
-            policies=[policy],
-            weights=[LocalWeights(policy.engine)],
+            policies={0: policy},
+            weights={0: LocalWeights(policy.engine)},
             reward=LocalReward.load(reward_config),
             reference=LocalReference.load(reference_config),
         )

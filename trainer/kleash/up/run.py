@@ -49,7 +49,7 @@ def _run_in_process(config: UpConfig, progress: Progress) -> int:
     from kleash.ppo.run import run as run_trainer
     from kleash.up.local import local_services
 
-    run_trainer(config.ppo, progress, open_services=lambda _: local_services(config))
+    run_trainer(config.ppo, progress, open_services=lambda *_: local_services(config))
     return 0
 
 

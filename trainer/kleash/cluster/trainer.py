@@ -1,0 +1,32 @@
+"""``kleash ppo`` as a process: the PPO trainer with what a cluster adds, where it is asked for.
+
+Fixed addresses and no lease: kleash.ppo.run alone. Otherwise replicas are discovered, a Lease keeps
+other trainers away, and what happens becomes Events.
+"""
+
+from __future__ import annotations
+
+from kleash.base.progress import Progress
+from kleash.ppo.config import PPOConfig
+from kleash.ppo.lease import no_lease
+from kleash.ppo.report import PPOReport
+from kleash.ppo.run import run as run_trainer
+from kleash.ppo.services import connect
+
+
+def run(config: PPOConfig, progress: Progress) -> PPOReport:
+    """Train until the run is over or stopped."""
+    is_elastic, has_lease = config.services.is_elastic, config.publish.lease is not None
+    if not is_elastic and not has_lease:
+        return run_trainer(config, progress)
+    from kleash.cluster.events import events_of_this_pod
+    from kleash.cluster.fleet import connect_elastic
+    from kleash.cluster.lease import hold_lease
+
+    with events_of_this_pod():
+        return run_trainer(
+            config,
+            progress,
+            open_services=connect_elastic if is_elastic else connect,
+            hold_lease=hold_lease if has_lease else no_lease,
+        )
