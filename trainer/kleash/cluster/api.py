@@ -46,7 +46,10 @@ def open_api() -> Any:
         kubernetes.config.load_incluster_config(client_configuration=configuration)
     except kubernetes.config.ConfigException:
         try:
-            kubernetes.config.load_kube_config(client_configuration=configuration)
+            # The package reads KUBECONFIG once, when it is imported.
+            kubernetes.config.load_kube_config(
+                config_file=os.environ.get("KUBECONFIG"), client_configuration=configuration
+            )
         except (kubernetes.config.ConfigException, OSError) as error:
             raise ConfigError(
                 f"there is no way to the Kubernetes API ({error}); run this in a pod with a "
