@@ -6,12 +6,16 @@ other trainers away, and what happens becomes Events.
 
 from __future__ import annotations
 
+import logging
+
 from kleash.base.progress import Progress
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.lease import no_lease
 from kleash.ppo.report import PPOReport
 from kleash.ppo.run import run as run_trainer
 from kleash.ppo.services import connect
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: PPOConfig, progress: Progress) -> PPOReport:
@@ -24,9 +28,13 @@ def run(config: PPOConfig, progress: Progress) -> PPOReport:
     from kleash.cluster.lease import hold_lease
 
     with events_of_this_pod():
-        return run_trainer(
-            config,
-            progress,
-            open_services=connect_elastic if is_elastic else connect,
-            hold_lease=hold_lease if has_lease else no_lease,
-        )
+        try:
+            return run_trainer(
+                config,
+                progress,
+                open_services=connect_elastic if is_elastic else connect,
+                hold_lease=hold_lease if has_lease else no_lease,
+            )
+        except Exception as error:
+            logger.error("the run has failed: %s", error, extra={"event": "TrainingFailed"})
+            raise

@@ -55,6 +55,7 @@ class Patience:
         pause_s = max(self._pause_s, error.retry_after_s or 0.0)
         if time.monotonic() + pause_s > self._deadline or self._is_over():
             raise error
-        logger.log(self._log_level, "%s Trying again in %.1f s.", error, pause_s)
+        event = {"event": "Waiting"} if self._pause_s == FIRST_PAUSE_S else {}
+        logger.log(self._log_level, "%s Trying again in %.1f s.", error, pause_s, extra=event)
         time.sleep(pause_s)
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)

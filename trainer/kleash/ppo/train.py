@@ -43,6 +43,13 @@ def train(
     with open_session(config, services, control, lease or NoLease()) as run:
         # Whatever the replicas served before, from here on it is this run's policy.
         run.publish(run.position.weights_version)
+        logger.info(
+            "run %s goes from step %d to %d",
+            run.folder.run_id,
+            run.position.step,
+            config.total_steps,
+            extra={"event": "TrainingStarted"},
+        )
         progress.start(config.total_steps, "PPO")
         progress.advance(run.position.step)
         try:
@@ -67,12 +74,13 @@ def train(
         progress.finish()
 
         is_complete = run.position.step == config.total_steps
-        if not is_complete:
-            logger.info(
-                "stopped after step %d of %d; --resume goes on",
-                run.position.step,
-                config.total_steps,
-            )
+        logger.info(
+            "%s after step %d of %d",
+            "completed" if is_complete else "stopped",
+            run.position.step,
+            config.total_steps,
+            extra={"event": "TrainingCompleted" if is_complete else "TrainingStopped"},
+        )
         report = write_result(run, seconds=time.monotonic() - started, is_complete=is_complete)
         control.end(RunState.COMPLETED if is_complete else RunState.STOPPING)
         return report
