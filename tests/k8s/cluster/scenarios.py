@@ -248,14 +248,14 @@ def cut_network(at: Situation) -> str:
         "POLICY_IP": kube.pods("policy")[0]["status"]["podIP"],
     }
     environment = {**os.environ, **addresses}
-    subprocess.run(at.cut, shell=True, check=True, env=environment)
+    _shell(at.cut, environment)
     try:
         time.sleep(5)
         cut_at = at.look()
         time.sleep(CUT_S - 5)
         stood_at = at.look()
     finally:
-        subprocess.run(at.heal, shell=True, check=True, env=environment)
+        _shell(at.heal, environment)
     began = time.monotonic()
     at.wait_for_step(stood_at + 2, 300)
     took = time.monotonic() - began
@@ -265,13 +265,21 @@ def cut_network(at: Situation) -> str:
     return f"stood at step {stood_at} for {CUT_S} s, two more steps {took:.0f} s after, no restart"
 
 
+def _shell(command: str, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, shell=True, check=False, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ScenarioError(f"{command}: {(done.stderr or done.stdout).strip()}")
+
+
 def reboot_node(at: Situation) -> str:
     """Everything on the node ends at once: the run goes on from its checkpoint."""
     if not at.reboot:
         raise SkippedError("give --reboot, a shell command that restarts the node")
     at.differing.clear()
     seen = at.wait_for_step(at.look() + 1, 300)
-    subprocess.run(at.reboot, shell=True, check=True)
+    _shell(at.reboot, dict(os.environ))
     began = time.monotonic()
     until("the cluster", lambda: _answers(at.kube), 300)
     at.wait_for_step(seen + 1, 600)
