@@ -51,8 +51,13 @@ GRPC_SENT_BYTES = Histogram(
 # --- admission, queue, batches ----------------------------------------------------------------
 REQUESTS_REJECTED = Counter(
     "kleash_requests_rejected_total",
-    "Calls refused, by reason: queue_full, deadline, too_large, draining, tokenizer.",
+    "Calls refused, by reason: auth, queue_full, deadline, too_large, draining, tokenizer.",
     ["service", "reason"],
+)
+TOKEN_REVIEWS = Counter(
+    "kleash_token_reviews_total",
+    "Tokens that the Kubernetes API server was asked about: accepted, refused, failed.",
+    ["outcome"],
 )
 ITEMS = Counter("kleash_items_total", "Items answered, by item status.", ["service", "status"])
 QUEUE_REQUESTS = Gauge(

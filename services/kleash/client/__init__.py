@@ -3,6 +3,8 @@
 >>> from kleash.client import RewardClient
 >>> with RewardClient("reward:50051") as reward:
 ...     scores = reward.score_texts(["How do I boil an egg? Eight minutes in boiling water."])
+
+TLS and tokens come from the environment, or as ``credentials=Credentials(...)``: docs/security.md.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from kleash.client.reward import Comparison, RewardClient, Score
 from kleash.client.trainer import TrainerClient
 from kleash.client.types import GeneratedSequence, Prompt, Sampling, Tokens, VersionSpan
 from kleash.client.weights import WeightsClient
+from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -24,12 +27,14 @@ from kleash.rpc.errors import (
     PermissionDenied,
     PreconditionFailed,
     ServiceError,
+    Unauthenticated,
     Unavailable,
 )
 
 __all__ = [
     "Cancelled",
     "Comparison",
+    "Credentials",
     "DeadlineExceeded",
     "GeneratedSequence",
     "InternalError",
@@ -48,6 +53,7 @@ __all__ = [
     "ServiceError",
     "Tokens",
     "TrainerClient",
+    "Unauthenticated",
     "Unavailable",
     "VersionSpan",
     "WeightsClient",

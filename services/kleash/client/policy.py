@@ -10,6 +10,7 @@ from kleash.client.types import FinishReason, GeneratedSequence, Prompt, Samplin
 from kleash.policy.v1 import policy_pb2, policy_pb2_grpc
 from kleash.rpc.channel import connect
 from kleash.rpc.codec import decode_floats, decode_ids, encode_ids
+from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import InternalError, from_rpc_error
 
 SERVICE = "kleash.policy.v1.PolicyService"
@@ -81,13 +82,20 @@ class PolicyClient(PolicyCalls):
     """A connection to a policy service. Safe to use from several threads."""
 
     def __init__(
-        self, address: str, *, timeout_s: float = 600.0, checks_health: bool = True
+        self,
+        address: str,
+        *,
+        timeout_s: float = 600.0,
+        checks_health: bool = True,
+        credentials: Credentials | None = None,
     ) -> None:
         """Args:
         address: "host:port", or a gRPC target such as "dns:///policy:50051".
         timeout_s: deadline of a call, the whole stream of a Generate included.
         checks_health: skip servers that are not ready, which a replica is not before it has
             the weights that its trainer requires.
+        credentials: TLS and token; None takes those of the environment, KLEASH_TLS_* and
+            KLEASH_TOKEN*.
         """
         self._address = address
         self._timeout_s = timeout_s
@@ -96,6 +104,7 @@ class PolicyClient(PolicyCalls):
             service=SERVICE,
             methods_to_retry=("GetPolicy",),
             checks_health=checks_health,
+            credentials=credentials,
         )
         self._stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
         super().__init__(self._get_policy, self._generate)

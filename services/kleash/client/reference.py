@@ -22,6 +22,7 @@ from kleash.common.v1 import common_pb2
 from kleash.reference.v1 import reference_pb2, reference_pb2_grpc
 from kleash.rpc.channel import connect
 from kleash.rpc.codec import decode_floats, encode_ids
+from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import InternalError
 
 SERVICE = "kleash.reference.v1.ReferenceService"
@@ -90,13 +91,27 @@ class ReferenceCalls:
 class ReferenceClient(ReferenceCalls):
     """A connection to a reference service. Safe to use from several threads."""
 
-    def __init__(self, address: str, *, timeout_s: float = 120.0, parallel_calls: int = 4) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 120.0,
+        parallel_calls: int = 4,
+        credentials: Credentials | None = None,
+    ) -> None:
         """Args:
         address: "host:port", or a gRPC target such as "dns:///reference:50051".
         timeout_s: deadline of each call; long lists take several calls.
         parallel_calls: calls of one list that are under way at a time.
+        credentials: TLS and token; None takes those of the environment, KLEASH_TLS_* and
+            KLEASH_TOKEN*.
         """
-        self._channel = connect(address, service=SERVICE, methods_to_retry=("LogProbs", "GetModel"))
+        self._channel = connect(
+            address,
+            service=SERVICE,
+            methods_to_retry=("LogProbs", "GetModel"),
+            credentials=credentials,
+        )
         stub = reference_pb2_grpc.ReferenceServiceStub(self._channel)
         super().__init__(
             remote_call(stub, address=address, timeout_s=timeout_s),

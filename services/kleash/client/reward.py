@@ -32,6 +32,7 @@ from kleash.common.v1 import common_pb2
 from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
 from kleash.rpc.channel import connect
 from kleash.rpc.codec import decode_floats, encode_ids
+from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import InternalError, from_rpc_error
 
 SERVICE = "kleash.reward.v1.RewardService"
@@ -261,17 +262,21 @@ class RewardClient(RewardCalls):
         revision: str = "",
         timeout_s: float = 120.0,
         parallel_calls: int = 4,
+        credentials: Credentials | None = None,
     ) -> None:
         """Args:
         address: "host:port", or a gRPC target such as "dns:///reward:50051".
         model, revision: what must be served; another one raises NotFound. Empty means any.
         timeout_s: deadline of each call; long lists take several calls.
         parallel_calls: calls of one list that are under way at a time.
+        credentials: TLS and token; None takes those of the environment, KLEASH_TLS_* and
+            KLEASH_TOKEN*.
         """
         self._channel = connect(
             address,
             service=SERVICE,
             methods_to_retry=("Score", "Compare", "CountTokens", "GetModel"),
+            credentials=credentials,
         )
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
         self._address = address

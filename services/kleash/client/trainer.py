@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from kleash.rpc.channel import connect
+from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import DeadlineExceeded, ServiceError, Unavailable, from_rpc_error
 from kleash.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 
@@ -19,10 +20,20 @@ RECONNECT_WAIT_S = 0.5
 class TrainerClient:
     """Talks to one trainer. Thread-safe; usable as a context manager."""
 
-    def __init__(self, address: str, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, address: str, *, timeout_s: float = 600.0, credentials: Credentials | None = None
+    ) -> None:
+        """Args:
+        address: "host:port", or a gRPC target such as "dns:///trainer:50051".
+        timeout_s: deadline of a call.
+        credentials: TLS and token; None takes those of the environment, KLEASH_TLS_* and
+            KLEASH_TOKEN*.
+        """
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = connect(address, service=SERVICE, methods_to_retry=("GetRun",))
+        self._channel = connect(
+            address, service=SERVICE, methods_to_retry=("GetRun",), credentials=credentials
+        )
         self._stub = trainer_pb2_grpc.TrainerServiceStub(self._channel)
 
     def get_run(self) -> trainer_pb2.GetRunResponse:

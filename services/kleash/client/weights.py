@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import grpc
 
 from kleash.rpc.channel import connect
+from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import from_rpc_error
 from kleash.weights.v1 import weights_pb2, weights_pb2_grpc
 
@@ -21,11 +22,18 @@ class _Client:
     """A connection with a deadline on every call and errors as kleash.rpc.errors."""
 
     def __init__(
-        self, address: str, service: str, methods_to_retry: tuple[str, ...], timeout_s: float
+        self,
+        address: str,
+        service: str,
+        methods_to_retry: tuple[str, ...],
+        timeout_s: float,
+        credentials: Credentials | None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = connect(address, service=service, methods_to_retry=methods_to_retry)
+        self._channel = connect(
+            address, service=service, methods_to_retry=methods_to_retry, credentials=credentials
+        )
 
     def _call(self, method: Callable[..., X], request: Any, timeout_s: float | None = None) -> X:
         try:
@@ -58,12 +66,17 @@ class _Client:
 class WeightsClient(_Client):
     """A connection to one policy replica's weights. Safe to use from several threads."""
 
-    def __init__(self, address: str, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, address: str, *, timeout_s: float = 600.0, credentials: Credentials | None = None
+    ) -> None:
         """Args:
         address: "host:port" of one replica: a balanced address would reach any one of them.
         timeout_s: deadline of a call, the whole stream of a Prepare included.
+        credentials: TLS and token; None takes those of the environment, KLEASH_TLS_* and
+            KLEASH_TOKEN*.
         """
-        super().__init__(address, REPLICA_SERVICE, ("GetWeights", "CheckCanary"), timeout_s)
+        methods_to_retry = ("GetWeights", "CheckCanary")
+        super().__init__(address, REPLICA_SERVICE, methods_to_retry, timeout_s, credentials)
         self._stub = weights_pb2_grpc.WeightsServiceStub(self._channel)
 
     def get_weights(self, *, audit: bool = False) -> weights_pb2.GetWeightsResponse:
@@ -123,11 +136,17 @@ class WeightsClient(_Client):
 class WeightsStoreClient(_Client):
     """A connection to a publisher, or to a replica that passes objects on."""
 
-    def __init__(self, address: str, *, timeout_s: float = 600.0) -> None:
-        """``timeout_s`` is the deadline of a call, the whole stream of a Fetch included."""
-        super().__init__(
-            address, STORE_SERVICE, ("GetHead", "PlanUpdate", "ListVersions"), timeout_s
-        )
+    def __init__(
+        self, address: str, *, timeout_s: float = 600.0, credentials: Credentials | None = None
+    ) -> None:
+        """Args:
+        address: "host:port" of the publisher or of a replica.
+        timeout_s: deadline of a call, the whole stream of a Fetch included.
+        credentials: TLS and token; None takes those of the environment, KLEASH_TLS_* and
+            KLEASH_TOKEN*.
+        """
+        methods_to_retry = ("GetHead", "PlanUpdate", "ListVersions")
+        super().__init__(address, STORE_SERVICE, methods_to_retry, timeout_s, credentials)
         self._stub = weights_pb2_grpc.WeightsStoreServiceStub(self._channel)
 
     def get_head(self) -> weights_pb2.VersionKey | None:

@@ -1,11 +1,20 @@
-"""Channels as every bundled client opens them: balanced, health-checked, kept alive, retrying."""
+"""Channels as every bundled client opens them: balanced, health-checked, kept alive, retrying, and
+with the credentials of the environment."""
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Sequence
 
 import grpc
+
+from kleash.rpc.credentials import Credentials
+from kleash.rpc.pem import Pem
+from kleash.rpc.rotating_channel import RotatingChannel
+
+logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
@@ -20,16 +29,46 @@ RETRY_POLICY = {
 
 
 def connect(
-    address: str, *, service: str, methods_to_retry: Sequence[str], checks_health: bool = True
+    address: str,
+    *,
+    service: str,
+    methods_to_retry: Sequence[str],
+    checks_health: bool = True,
+    credentials: Credentials | None = None,
 ) -> grpc.Channel:
     """Open a channel to ``address`` ("host:port", or a gRPC target such as "dns:///reward:50051").
 
     ``service`` is the full name whose health decides which servers get calls. ``methods_to_retry``
     are its idempotent methods: only those are tried again, on UNAVAILABLE and RESOURCE_EXHAUSTED.
     Without ``checks_health`` a server gets calls once it is reached, ready or not.
+    ``credentials`` are those of the environment when not given. Raises ConfigError for files of
+    theirs that cannot be used.
     """
-    return grpc.insecure_channel(
-        _target(address), options=channel_options(service, methods_to_retry, checks_health)
+    own = Credentials.from_env() if credentials is None else credentials
+    options = channel_options(service, methods_to_retry, checks_health)
+    if own.is_empty:
+        return grpc.insecure_channel(_target(address), options=options)
+    if own.server_name:
+        options.append(("grpc.ssl_target_name_override", own.server_name))
+
+    def open_channel(pem: Pem | None) -> grpc.Channel:
+        if pem is None:
+            return grpc.insecure_channel(_target(address), options=options)
+        tls = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
+        return grpc.secure_channel(_target(address), tls, options=options)
+
+    pem, token = own.watch_pem(), own.watch_token()
+    if token is not None and pem is None:
+        _warn_about_plain_token()
+    return RotatingChannel(open_channel, pem, token)
+
+
+@functools.cache
+def _warn_about_plain_token() -> None:
+    """Once a process."""
+    logger.warning(
+        "the token of this client travels in clear, as KLEASH_TLS_CA is not set: keep others off "
+        "this network, with a NetworkPolicy at least"
     )
 
 
@@ -64,6 +103,10 @@ def channel_options(
         # Reconnect soon after a restart; the default grows to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # A server that drains says so before its address is gone: where the new one is, is looked
+        # up at once. By default a channel looks up no more than every 30 s, and calls fail
+        # meanwhile.
+        ("grpc.dns_min_time_between_resolutions_ms", 500),
     ]
 
 

@@ -9,10 +9,13 @@ RemoteError
     ├── PreconditionFailed   FAILED_PRECONDITION  ErrorInfo: reason, such as TOKENIZER_MISMATCH
     ├── NotFound             NOT_FOUND            ErrorInfo
     ├── Overloaded           RESOURCE_EXHAUSTED   RetryInfo; trailer grpc-retry-pushback-ms
-    ├── Unavailable          UNAVAILABLE          ErrorInfo: LOADING, DRAINING; unreachable has none
+    ├── Unavailable          UNAVAILABLE          ErrorInfo: LOADING, DRAINING, AUTH_UNAVAILABLE;
+    │                                             made here: UNREACHABLE, TLS
     ├── DeadlineExceeded     DEADLINE_EXCEEDED    ErrorInfo
     ├── Cancelled            CANCELLED            ErrorInfo
-    ├── PermissionDenied     PERMISSION_DENIED    ErrorInfo
+    ├── Unauthenticated      UNAUTHENTICATED      ErrorInfo: MISSING_CREDENTIALS, BAD_CREDENTIALS,
+    │                                             EXPIRED
+    ├── PermissionDenied     PERMISSION_DENIED    ErrorInfo: CALLER_NOT_ALLOWED, STALE_FENCE
     └── InternalError        INTERNAL             ErrorInfo: correlation_id of the server's log line
 """
 
@@ -101,6 +104,12 @@ class Cancelled(ServiceError):
     code = grpc.StatusCode.CANCELLED
 
 
+class Unauthenticated(ServiceError):
+    """The server does not know who calls: no credentials, wrong ones, or expired ones."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class PermissionDenied(ServiceError):
     """The caller may not do this."""
 
@@ -121,6 +130,7 @@ _NAMED: tuple[type[ServiceError], ...] = (
     Unavailable,
     DeadlineExceeded,
     Cancelled,
+    Unauthenticated,
     PermissionDenied,
     InternalError,
 )
@@ -129,7 +139,6 @@ _CLASSES: dict[grpc.StatusCode, type[ServiceError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.ABORTED: PreconditionFailed,
     grpc.StatusCode.ALREADY_EXISTS: PreconditionFailed,
-    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
     grpc.StatusCode.UNIMPLEMENTED: PreconditionFailed,
 }
 
@@ -203,17 +212,24 @@ def _status(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | 
     return None
 
 
+_TLS_CAUSES = {
+    "WRONG_VERSION_NUMBER": "it uses no TLS; unset KLEASH_TLS_CA, or give the server a certificate",
+    "Hostname Verification": (
+        "its certificate is for another name; connect by a name that it holds, or set "
+        "KLEASH_TLS_SERVER_NAME to one"
+    ),
+    "certificate has expired": "its certificate has expired; renew it",
+    "CERTIFICATE_VERIFY_FAILED": (
+        "its certificate is not by an authority that KLEASH_TLS_CA holds; set that to the right one"
+    ),
+}
+"""What a failed handshake says, most telling first, and the cause with its remedy."""
+
+
 def _without_details(code: grpc.StatusCode, text: str, address: str) -> ServiceError:
     """An error that gRPC itself, or a proxy, made: no Kleash server wrote it."""
     if code is grpc.StatusCode.UNAVAILABLE:
-        named = re.search(r"ipv[46]:(\S+?):? |resolution failed for ([^\s:]+:\d+)", text + " ")
-        place = address or (next(filter(None, named.groups()), "") if named else "")
-        at_place = f" at {place}" if place else ""
-        return Unavailable(
-            f"cannot reach the service{at_place}: {text.strip().rstrip('.')}; "
-            "check the address and that the service is running and ready.",
-            reason="UNREACHABLE",
-        )
+        return _unreachable(text, address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
         return InvalidRequest(
             f"the message is too large ({text.rstrip('.')}); send fewer items in one request.",
@@ -228,3 +244,24 @@ def _without_details(code: grpc.StatusCode, text: str, address: str) -> ServiceE
     if error_class.code is code:
         return error_class(text or code.name)
     return error_class(f"{code.name}: {text}" if text else code.name)
+
+
+def _unreachable(text: str, address: str) -> Unavailable:
+    named = re.search(r"ipv[46]:(\S+?):? |resolution failed for ([^\s:]+:\d+)", text + " ")
+    place = address or (next(filter(None, named.groups()), "") if named else "")
+    at_place = f" at {place}" if place else ""
+    for words, cause in _TLS_CAUSES.items():
+        if words in text:
+            return Unavailable(
+                f"cannot speak TLS with the service{at_place}: {cause}.", reason="TLS"
+            )
+    remedy = "check the address and that the service is running and ready"
+    if "Socket closed" in text:  # what a client sees when only the server wants TLS
+        remedy = (
+            "check that the service is running and ready, and that both sides use TLS or neither "
+            "(KLEASH_TLS_CA; KLEASH_TLS_CERT where callers need a certificate)"
+        )
+    return Unavailable(
+        f"cannot reach the service{at_place}: {text.strip().rstrip('.')}; {remedy}.",
+        reason="UNREACHABLE",
+    )

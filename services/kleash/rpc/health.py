@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 
+HEALTH_SERVICE = "grpc.health.v1.Health"
 LIVENESS = "liveness"
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

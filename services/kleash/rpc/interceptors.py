@@ -1,12 +1,13 @@
-"""What the chassis does around every call: metrics, errors as statuses, the time cap, loading.
+"""What the chassis does around every call: who calls, metrics, errors as statuses, the time cap.
 
-Calls of services that are not hosted here (health, reflection) pass untouched: probes must not
-depend on any of this, and they would drown the figures of real calls.
+Health passes untouched: probes must not depend on any of this, and they would drown the figures of
+real calls. Reflection passes too, for callers who may call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import time
@@ -15,9 +16,12 @@ from collections.abc import AsyncIterable, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from kleash.base import metrics
 from kleash.base.errors import ModelError, UserError
+from kleash.rpc import audit
+from kleash.rpc.auth import Gate, caller
 from kleash.rpc.deadline import set_remaining_s
 from kleash.rpc.errors import (
     DeadlineExceeded,
@@ -28,6 +32,7 @@ from kleash.rpc.errors import (
     Unavailable,
     trailing_metadata,
 )
+from kleash.rpc.health import HEALTH_SERVICE
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +46,9 @@ Behavior = Callable[[Any, Any], Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of the hosted services."""
 
-    def __init__(self, services: tuple[str, ...], *, max_request_s: float) -> None:
+    def __init__(self, services: tuple[str, ...], gate: Gate, *, max_request_s: float) -> None:
         self._services = frozenset(services)
+        self._gate = gate
         self._max_request_s = max_request_s
         self._wrapped: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
         self._loading = frozenset(services)
@@ -59,54 +65,51 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """The handler of a call, wrapped."""
         path: str = handler_call_details.method
         service, _, method = path.removeprefix("/").rpartition("/")
+        handler: grpc.RpcMethodHandler | None = await continuation(handler_call_details)
+        if service == HEALTH_SERVICE:
+            return handler
+        label = service.split(".")[1] if service in self._services else OTHER
+        try:
+            await self._gate.check_token(label, handler_call_details.invocation_metadata or ())
+        except ServiceError as error:
+            is_hosted = handler is not None and service in self._services
+            labels = (_kind(handler), service, method) if is_hosted else (OTHER,) * 3
+            return _refuse(error, labels)
         if service in self._loading:
             return _refuse(Unavailable(f"{service} is still loading; try again.", reason="LOADING"))
-        handler: grpc.RpcMethodHandler | None = await continuation(handler_call_details)
         if handler is None:
             metrics.GRPC_STARTED.labels(OTHER, OTHER, OTHER).inc()
             metrics.GRPC_HANDLED.labels(OTHER, OTHER, OTHER, "UNIMPLEMENTED").inc()
             return None
         if service not in self._services:
-            return handler
+            return self._behind_gate(handler, label)
         known = self._wrapped.get(path)
         if known is None or known[0] is not handler:
-            known = self._wrapped[path] = (handler, self._wrap(handler, service, method))
+            known = self._wrapped[path] = (handler, self._wrap(handler, service, method, label))
         return known[1]
 
     def _wrap(
-        self, handler: grpc.RpcMethodHandler, service: str, method: str
+        self, handler: grpc.RpcMethodHandler, service: str, method: str, label: str
     ) -> grpc.RpcMethodHandler:
-        kinds: dict[tuple[bool, bool], tuple[str, Behavior | None, Callable[..., Any]]] = {
-            (False, False): ("unary", handler.unary_unary, grpc.unary_unary_rpc_method_handler),
-            (False, True): (
-                "server_stream",
-                handler.unary_stream,
-                grpc.unary_stream_rpc_method_handler,
-            ),
-            (True, False): (
-                "client_stream",
-                handler.stream_unary,
-                grpc.stream_unary_rpc_method_handler,
-            ),
-            (True, True): (
-                "bidi_stream",
-                handler.stream_stream,
-                grpc.stream_stream_rpc_method_handler,
-            ),
-        }
-        kind, behavior, make = kinds[
-            bool(handler.request_streaming), bool(handler.response_streaming)
-        ]
+        behavior, make = _parts(handler)
         assert behavior is not None, f"{service}/{method} has no handler"
-        guard = _Guard(kind, service, method, self._max_request_s)
+        parse = _observing(
+            metrics.GRPC_RECEIVED_BYTES.labels(service, method),
+            handler.request_deserializer,
+            is_before=True,
+        )
+        guard = _Guard(
+            (_kind(handler), service, method),
+            self._max_request_s,
+            check=functools.partial(self._gate.check_peer, label),
+            audits=self._gate.is_on,
+            # gRPC would parse a single request before anybody could ask who sends it.
+            parse=None if handler.request_streaming else parse,
+        )
         around = guard.stream if handler.response_streaming else guard.unary
         return make(
             around(behavior),
-            request_deserializer=_observing(
-                metrics.GRPC_RECEIVED_BYTES.labels(service, method),
-                handler.request_deserializer,
-                is_before=True,
-            ),
+            request_deserializer=parse if handler.request_streaming else None,
             response_serializer=_observing(
                 metrics.GRPC_SENT_BYTES.labels(service, method),
                 handler.response_serializer,
@@ -114,23 +117,58 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             ),
         )
 
+    def _behind_gate(self, handler: grpc.RpcMethodHandler, label: str) -> grpc.RpcMethodHandler:
+        """The handler of reflection, for peers who may call."""
+        if not self._gate.knows_peers:
+            return handler
+        behavior: Behavior | None = handler.stream_stream
+        assert behavior is not None, "only reflection, a stream, is served beside the services"
+
+        async def handle(requests: Any, context: Any) -> AsyncIterable[Any]:
+            try:
+                self._gate.check_peer(label, context)
+            except ServiceError as error:
+                await abort(context, error)
+            async for response in behavior(requests, context):
+                yield response
+
+        return grpc.stream_stream_rpc_method_handler(
+            handle, handler.request_deserializer, handler.response_serializer
+        )
+
 
 class _Guard:
-    """Counts, times, caps and translates the calls of one method."""
+    """Checks, counts, times, caps and translates the calls of one method."""
 
-    def __init__(self, kind: str, service: str, method: str, max_request_s: float) -> None:
-        labels = (kind, service, method)
+    def __init__(
+        self,
+        labels: tuple[str, str, str],
+        max_request_s: float,
+        *,
+        check: Callable[[Any], None],
+        audits: bool,
+        parse: Callable[[bytes], Any] | None,
+    ) -> None:
+        """``check`` raises for a caller who may not call; ``parse`` is for a single request."""
         self._started = metrics.GRPC_STARTED.labels(*labels)
         self._seconds = metrics.GRPC_HANDLING_SECONDS.labels(*labels)
         self._labels = labels
         self._max_request_s = max_request_s
+        self._check = check
+        self._audits = audits
+        self._parse = parse
+
+    def _request(self, raw: Any, context: Any) -> Any:
+        """What the handler gets, of a caller who may call."""
+        self._check(context)
+        return raw if self._parse is None else self._parse(raw)
 
     def unary(self, behavior: Behavior) -> Behavior:
         """Around a handler that returns its response."""
 
         async def handle(request: Any, context: Any) -> Any:
             async def call() -> Any:
-                return await behavior(request, context)
+                return await behavior(self._request(request, context), context)
 
             return await self._run(call, context)
 
@@ -143,7 +181,9 @@ class _Guard:
             writes = _Writes(context)
 
             async def call() -> None:
-                responses: AsyncIterable[Any] | Awaitable[None] = behavior(request, writes)
+                responses: AsyncIterable[Any] | Awaitable[None] = behavior(
+                    self._request(request, context), writes
+                )
                 if inspect.isawaitable(responses):
                     await responses
                     return
@@ -166,7 +206,7 @@ class _Guard:
     ) -> Any:
         self._started.inc()
         began = time.monotonic()
-        code = grpc.StatusCode.OK
+        code, reason = grpc.StatusCode.OK, ""
         allowed = context.time_remaining()
         set_remaining_s(
             self._max_request_s if allowed is None else min(allowed, self._max_request_s)
@@ -198,13 +238,19 @@ class _Guard:
             await context.abort(code, f"this server does not offer {'/'.join(self._labels[1:])}.")
         except Exception as error:
             answer = as_service_error(error, "/".join(self._labels[1:]))
-            code = answer.code
+            code, reason = answer.code, answer.reason
             if before_abort is not None:
                 await before_abort()
             await abort(context, answer)
         finally:
+            seconds = time.monotonic() - began
             metrics.GRPC_HANDLED.labels(*self._labels, code.name).inc()
-            self._seconds.observe(time.monotonic() - began)
+            self._seconds.observe(seconds)
+            if self._audits:
+                name = "/".join(self._labels[1:])
+                audit.record(
+                    context, caller=caller(), method=name, code=code, reason=reason, seconds=seconds
+                )
 
 
 class _Writes:
@@ -252,6 +298,10 @@ def as_service_error(error: Exception, method: str) -> ServiceError:
         return PreconditionFailed(str(error), reason="MODEL")
     if isinstance(error, UserError):
         return InvalidRequest(str(error))
+    if isinstance(error, DecodeError):
+        return InvalidRequest(
+            f"the message is not a request of {method}; use the protos of this server's version."
+        )
     correlation_id = uuid.uuid4().hex[:12]
     logger.error("%s failed, correlation id %s", method, correlation_id, exc_info=error)
     return InternalError(
@@ -288,10 +338,42 @@ def _observing(
     return observe
 
 
-def _refuse(error: ServiceError) -> grpc.RpcMethodHandler:
-    """A handler that answers ``error`` to any call of any kind."""
+def _kind(handler: grpc.RpcMethodHandler) -> str:
+    if handler.request_streaming:
+        return "bidi_stream" if handler.response_streaming else "client_stream"
+    return "server_stream" if handler.response_streaming else "unary"
+
+
+def _parts(handler: grpc.RpcMethodHandler) -> tuple[Behavior | None, Callable[..., Any]]:
+    """The function of a handler, and what makes a handler of its kind."""
+    if handler.request_streaming:
+        if handler.response_streaming:
+            return handler.stream_stream, grpc.stream_stream_rpc_method_handler
+        return handler.stream_unary, grpc.stream_unary_rpc_method_handler
+    if handler.response_streaming:
+        return handler.unary_stream, grpc.unary_stream_rpc_method_handler
+    return handler.unary_unary, grpc.unary_unary_rpc_method_handler
+
+
+def _refuse(error: ServiceError, labels: tuple[str, ...] | None = None) -> grpc.RpcMethodHandler:
+    """A handler that answers ``error`` to any call of any kind, and reads nothing of it.
+
+    With ``labels`` the call is one that the metrics count and the audit names.
+    """
 
     async def handle(_requests: Any, context: Any) -> None:
+        if labels is not None:
+            metrics.GRPC_STARTED.labels(*labels).inc()
+            metrics.GRPC_HANDLED.labels(*labels, error.code.name).inc()
+            name = "/".join(labels[1:])
+            audit.record(
+                context,
+                caller=caller(),
+                method=name,
+                code=error.code,
+                reason=error.reason,
+                seconds=0.0,
+            )
         await abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(handle)

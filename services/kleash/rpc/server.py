@@ -10,31 +10,29 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import errno
 import logging
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import grpc
-import prometheus_client
 import pydantic
 from grpc_reflection.v1alpha import reflection
 
 from kleash.base import metrics
 from kleash.base.config import Config
-from kleash.base.errors import UserError
-from kleash.rpc.health import HealthBoard
+from kleash.rpc.auth import AuthConfig, Gate, warn_about_plain_tokens
+from kleash.rpc.health import HEALTH_SERVICE, HealthBoard
 from kleash.rpc.interceptors import CallInterceptor
 from kleash.rpc.late_handlers import LateHandlers
+from kleash.rpc.ports import bind, join, serve_metrics
 from kleash.rpc.service import Service
+from kleash.rpc.tls import TlsConfig, server_credentials
 
 logger = logging.getLogger(__name__)
 
-HEALTH_SERVICE = "grpc.health.v1.Health"
 REFRESH_S = 0.25
 
 
@@ -67,6 +65,18 @@ class ServerConfig(Config):
     """Seconds after which a connection is renewed, so that clients find new replicas."""
     liveness_limit_s: float = pydantic.Field(default=300.0, gt=0)
     """Seconds without a sign of life from a busy model thread until "liveness" is NOT_SERVING."""
+    tls: TlsConfig = TlsConfig()
+    """Certificates of the gRPC port."""
+    auth: AuthConfig = AuthConfig()
+    """Who may call the gRPC port."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_auth(self) -> Self:
+        if self.auth.mode == "mtls" and self.tls.client_ca is None:
+            raise ValueError(
+                "auth.mode mtls needs tls.client_ca, which signs callers' certificates"
+            )
+        return self
 
 
 async def serve(
@@ -102,7 +112,7 @@ class BackgroundServer:
     @property
     def address(self) -> str:
         """Where clients connect, "127.0.0.1:50051"."""
-        return _join(self._config.host, self.port)
+        return join(self._config.host, self.port)
 
     def __enter__(self) -> BackgroundServer:
         ready: concurrent.futures.Future[int] = concurrent.futures.Future()
@@ -133,7 +143,6 @@ class _Host:
         self._services = services
         self._config = config
         self._names = tuple(name for service in services for name in service.full_names)
-        self._interceptor = CallInterceptor(self._names, max_request_s=config.max_request_s)
         self._health = HealthBoard(self._names)
         self._handlers = LateHandlers()
         self._is_draining = False
@@ -142,10 +151,12 @@ class _Host:
     async def run(self, stop: asyncio.Event, on_ready: Callable[[int], None] | None) -> None:
         """Serve until ``stop`` is set."""
         async with contextlib.AsyncExitStack() as cleanup:
-            server, port = self._bind_main()
+            gate = Gate(self._config.auth)
+            cleanup.callback(gate.close)
+            server, port = self._bind_main(gate)
             # Leaving runs these from the last to the first: probes see NOT_SERVING to the end.
             self._bind_probes(cleanup)
-            page = _serve_metrics(self._config)
+            page = serve_metrics(self._config.host, self._config.metrics_port)
             if page is not None:
                 cleanup.callback(page)
             cleanup.push_async_callback(self._stop_services)
@@ -158,7 +169,7 @@ class _Host:
             refresh = asyncio.create_task(self._refresh_health(), name="health")
             cleanup.callback(refresh.cancel)
             await self._show_health()
-            logger.info("serving %s on %s", ", ".join(self._names), _join(self._config.host, port))
+            logger.info("serving %s on %s", ", ".join(self._names), join(self._config.host, port))
             if on_ready is not None:
                 on_ready(port)
             await stop.wait()
@@ -171,8 +182,10 @@ class _Host:
         self._health.end_watches()
         await server.stop(self._config.drain_grace_s)
 
-    def _bind_main(self) -> tuple[grpc.aio.Server, int]:
+    def _bind_main(self, gate: Gate) -> tuple[grpc.aio.Server, int]:
         config = self._config
+        warn_about_plain_tokens(config.auth, has_tls=config.tls.is_on, host=config.host)
+        self._interceptor = CallInterceptor(self._names, gate, max_request_s=config.max_request_s)
         server = grpc.aio.server(interceptors=[self._interceptor], options=_server_options(config))
         self._health.register(server)
         server.add_generic_rpc_handlers((self._handlers,))
@@ -180,7 +193,8 @@ class _Host:
             reflection.enable_server_reflection(
                 (*self._names, HEALTH_SERVICE, reflection.SERVICE_NAME), server
             )
-        return server, _bind(server, config.host, config.port, key="server.port")
+        credentials = server_credentials(config.tls)
+        return server, bind(server, config.host, config.port, credentials, key="server.port")
 
     def _bind_probes(self, cleanup: contextlib.AsyncExitStack) -> None:
         self._probes: grpc.aio.Server | None = None
@@ -189,7 +203,7 @@ class _Host:
             cleanup.push_async_callback(self._probes.stop, None)
             self._health.register(self._probes)
             port = self._config.health_port
-            _bind(self._probes, self._config.host, port, key="server.health_port")
+            bind(self._probes, self._config.host, port, None, key="server.health_port")
 
     async def _load(self, stop: asyncio.Event) -> bool:
         """Load and start every service; False when told to stop before the end."""
@@ -277,60 +291,6 @@ def _server_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_connection_age_ms", age_ms),
         ("grpc.max_connection_age_grace_ms", round(config.max_request_s * 1e3)),
     ]
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int, *, key: str) -> int:
-    """Listen, or say in one sentence why not."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
-        raise UserError(
-            f"host '{host}' cannot be resolved; set --server.host to an address of this machine."
-        ) from None
-    # gRPC does not tell why a port cannot be bound, and logs a line of its own: ask a socket first.
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise _port_error(error, host, port, key) from None
-    try:
-        return server.add_insecure_port(_join(host, port))
-    except RuntimeError:
-        raise UserError(f"port {port} on {host} is in use; choose another with --{key}.") from None
-
-
-def _port_error(error: OSError, host: str, port: int, key: str) -> UserError:
-    if error.errno == errno.EADDRNOTAVAIL:
-        return UserError(
-            f"{host} is not an address of this machine; set --server.host to one that is."
-        )
-    if error.errno == errno.EACCES:
-        return UserError(f"port {port} on {host} needs privileges; choose another with --{key}.")
-    return UserError(f"port {port} on {host} is in use; choose another with --{key}.")
-
-
-def _serve_metrics(config: ServerConfig) -> Callable[[], None] | None:
-    """Start the /metrics page; returns what ends it."""
-    if not config.metrics_port:
-        return None
-    prometheus_client.disable_created_metrics()
-    try:
-        page, thread = prometheus_client.start_http_server(config.metrics_port, addr=config.host)
-    except OSError as error:
-        raise _port_error(error, config.host, config.metrics_port, "server.metrics_port") from None
-
-    def end() -> None:
-        page.shutdown()
-        page.server_close()
-        thread.join()
-
-    return end
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _in_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
