@@ -193,6 +193,20 @@ def test_a_signal_drains(number: signal.Signals) -> None:
         assert isinstance(error_of(stub.LogProbs, request_of([3])), errors.Unavailable)
 
 
+def test_a_server_may_announce_its_end_before_it_is_not_serving() -> None:
+    """So that the address of its successor can become known."""
+    with process("--drain_announce_s=1.5", "--drain_delay_s=1.0") as (server, address):
+        began = time.monotonic()
+        server.terminate()
+        time.sleep(0.5)
+        with client(address, retry=False) as stub:
+            assert health_of(address, SERVICE) == "SERVING"
+            assert first(stub.LogProbs(request_of([1]), timeout=CALL_S)) == [2]
+            eventually(lambda: health_of(address, SERVICE) == "NOT_SERVING")
+            assert time.monotonic() - began >= 1.4
+        assert server.wait(WAIT_S) == 0
+
+
 def test_a_signal_ends_a_process_that_still_loads() -> None:
     with process("--load_s=60") as (server, word):
         assert word == "loading"

@@ -1,7 +1,7 @@
 """The process around services: ports, loading, health, metrics, drain.
 
 bind ports ─► NOT_SERVING ─► load ─► register ─► start ─► SERVING ... SIGTERM or SIGINT
-                                                                         │
+                                                                         │ wait (announce)
    exit ◄─ stop services ◄─ running calls end (grace) ◄─ wait (delay) ◄─ NOT_SERVING
 """
 
@@ -48,6 +48,10 @@ class ServerConfig(Config):
     serves health in any case."""
     metrics_port: int = pydantic.Field(default=0, ge=0, lt=65536)
     """Port of the Prometheus page /metrics; 0 for none."""
+    drain_announce_s: float = pydantic.Field(default=0.0, ge=0)
+    """Seconds between the signal and NOT_SERVING, in which the address of the server that takes over
+    becomes known; 5 behind Kubernetes DNS. A client whose only server is NOT_SERVING looks up
+    addresses once, and has none until this one is gone if it looked too early."""
     drain_delay_s: float = pydantic.Field(default=0.0, ge=0)
     """Seconds between NOT_SERVING and refusing new calls, so that balancers notice; 15 behind
     Kubernetes DNS."""
@@ -174,6 +178,7 @@ class _Host:
                 on_ready(port)
             await stop.wait()
             logger.info("draining: at most %g s for running calls", self._config.drain_grace_s)
+            await asyncio.sleep(self._config.drain_announce_s)
             self._is_draining = True
             await self._show_health()
             await asyncio.sleep(self._config.drain_delay_s)
