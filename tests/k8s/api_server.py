@@ -145,7 +145,7 @@ class ApiServer:
         return process
 
     def _wait_until_ready(
-        self, url: str, processes: Mapping[str, subprocess.Popen[bytes]], ca_file: Path | None
+        self, url: str, processes: dict[str, subprocess.Popen[bytes]], ca_file: Path | None
     ) -> None:
         end = time.monotonic() + START_LIMIT_S
         while not _answers(url, self.token, ca_file):
@@ -153,7 +153,7 @@ class ApiServer:
                 if process.poll() is not None:
                     raise RuntimeError(f"{name} exited with {process.returncode}: {self.log(name)}")
             if time.monotonic() > end:
-                name = next(reversed(processes))
+                name = list(processes)[-1]
                 raise RuntimeError(f"{url} is not ready after {START_LIMIT_S} s: {self.log(name)}")
             time.sleep(0.1)
 

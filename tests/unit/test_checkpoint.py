@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -241,6 +242,29 @@ def test_an_existing_run_is_not_overwritten(world: World, tmp_path: Path) -> Non
     with open_run_folder(config.out, resume=True) as folder:
         folder.begin(config, seen_fence=7)
         assert (folder.run_id, folder.fence) == (run_id, 8)
+
+
+def test_a_run_has_the_id_that_it_was_given_and_keeps_it(world: World, tmp_path: Path) -> None:
+    named = world.config(tmp_path / "run", run_id="nightly-7")
+    with open_run_folder(named.out, resume=False) as folder:
+        folder.begin(named, seen_fence=0)
+        assert folder.run_id == "nightly-7"
+    with open_run_folder(named.out, resume=True) as folder:
+        folder.begin(world.config(named.out), seen_fence=0)  # whoever resumes need not say it
+        assert (folder.run_id, folder.fence) == ("nightly-7", 2)
+        with pytest.raises(ConfigError, match=r"holds the run 'nightly-7', and run_id is 'other'"):
+            folder.begin(world.config(named.out, run_id="other"), seen_fence=0)
+        assert json.loads((named.out / "run.json").read_text())["fence"] == 2
+
+
+def test_the_id_of_a_run_is_not_a_change_of_its_mathematics(
+    two_checkpoints: Path, world: World, tmp_path: Path
+) -> None:
+    """The run folder compares it with run.json; a run that made its id may be told it later."""
+    saved = checkpoint.newest(two_checkpoints)
+    assert saved is not None
+    assert saved.config["run_id"] is None
+    saved.check_config(world.config(tmp_path / "moved", run_id="told-later"))
 
 
 def test_draws_go_through_every_item_once_an_epoch_and_need_no_state() -> None:

@@ -156,3 +156,24 @@ def test_ppo_that_was_stopped_says_where_and_how_it_goes_on(
     steps = len((out / "metrics.jsonl").read_text().splitlines())
     printed = capsys.readouterr().out
     assert printed == f"ppo: stopped after step {steps} of 5000; --resume goes on\n"
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_a_stage_of_a_run_that_is_done_is_not_done_again(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Job may start a pod once too often; another configuration is an error as ever."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "hello", "completion": "world"}\n' * 8)
+    out = tmp_path / "out"
+    arguments = ["sft", f"--model={tiny_folder}", f"--data={data}", f"--out={out}"]
+    arguments += ["--max_tokens=64", "--batch_size=4", "--num_threads=1"]
+    assert main([*arguments, "--run_id=mine"]) == 0
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert main([*arguments, "--run_id=mine"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"sft: done already, {out}"
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert main([*arguments, "--run_id=another"]) == 2
+    assert main([*arguments, "--run_id=mine", "--learning_rate=1e-4"]) == 2
+    assert main(arguments) == 2
+    assert f"{out} exists already" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Literal
 import pydantic
 import pytest
 
-from kleash.base.config import Config, describe_config, load_config, save_config
+from kleash.base.config import Config, RunId, describe_config, load_config, save_config
 from kleash.base.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -216,3 +216,22 @@ def test_the_description_has_every_leaf_with_its_documentation() -> None:
     assert rows["optimizer.learning_rate"] == ["float", "1e-05", "Step size, per step."]
     assert json.loads(rows["optimizer.betas"][1]) == [0.9, 0.95]
     assert "optimizer" not in rows
+
+
+class Stage(Config):
+    """A stage of a run."""
+
+    run_id: RunId = None
+    """Its run."""
+
+
+@pytest.mark.parametrize("run_id", ["a", "0", "nightly-7", "Team_A.2026-11-25", "x" * 63])
+def test_the_id_of_a_run_is_a_label_of_kubernetes(run_id: str) -> None:
+    assert load_config(Stage, [f"--run_id={run_id}"]).run_id == run_id
+    assert load_config(Stage, ["--run_id=null"]).run_id is None
+
+
+@pytest.mark.parametrize("run_id", ["", "-a", "a-", "a b", "a/b", "ü", "x" * 64, "a\n"])
+def test_what_is_no_label_is_no_id_of_a_run(run_id: str) -> None:
+    with pytest.raises(ConfigError, match="'run_id': must be at most 63 letters, digits, '-'"):
+        load_config(Stage, [f"--run_id={run_id}"])

@@ -15,6 +15,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
+CHART = ROOT / "k8s" / "chart"
 ROOTS = ("protos", "services", "trainer")
 SHARED = ("policy", "reward", "reference", "weights", "trainer", "common")
 """Packages that are in several roots."""
@@ -47,7 +48,27 @@ def test_it_holds_every_file_of_the_three_roots(wheel: zipfile.ZipFile) -> None:
         for path in (ROOT / root / "kleash").rglob("*")
         if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in path.parts)
     }
-    assert packed == source
+    chart = {
+        f"kleash/cluster/chart/{path.relative_to(CHART).as_posix()}"
+        for path in CHART.rglob("*")
+        if path.is_file()
+    }
+    assert "kleash/cluster/chart/Chart.yaml" in chart
+    assert packed == source | chart
+
+
+def test_an_installed_kleash_finds_its_chart(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Beside its own modules; a source checkout finds k8s/chart."""
+    wheel.extractall(tmp_path)
+    code = "from kleash.cluster.helm_chart import find_chart; print(find_chart())"
+    for folder, expected in (
+        (tmp_path, tmp_path / "kleash" / "cluster" / "chart"),
+        (None, CHART),
+    ):
+        first = f"import sys; sys.path.insert(0, {str(folder)!r}); " if folder else ""
+        command = [sys.executable, "-c", first + code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+        assert Path(done.stdout.strip()) == expected
 
 
 def test_nothing_but_the_package_is_installed(wheel: zipfile.ZipFile) -> None:

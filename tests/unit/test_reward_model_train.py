@@ -113,7 +113,7 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 def test_learns_the_rule_and_writes_a_whole_folder(
     run: Any, write: Write, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    report = run(write("pairs.jsonl", pairs(400)), evaluation_fraction=0.25)
+    report = run(write("pairs.jsonl", pairs(400)), evaluation_fraction=0.25, run_id="nightly-7")
     held_out = report.held_out
     assert held_out is not None
     assert held_out.accuracy > 0.95
@@ -128,7 +128,7 @@ def test_learns_the_rule_and_writes_a_whole_folder(
     assert written["held_out"]["accuracy_ci95"] == list(held_out.accuracy_ci95)
     lineage = json.loads((tmp_path / "out" / "kleash.json").read_text())
     model = load_sequence_classifier(tmp_path / "out")
-    assert lineage["stage"] == "reward-model"
+    assert (lineage["stage"], lineage["run_id"]) == ("reward-model", "nightly-7")
     assert lineage["digest"] == report.digest == model_digest(model)
     assert lineage["parent_digest"] == model_digest(load_causal_lm(tiny_folder))
     assert len(lineage["data_sha256"]) == 64

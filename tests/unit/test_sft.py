@@ -265,6 +265,15 @@ def test_output_folder(tiny_folder: Path, data: str, tmp_path: Path) -> None:
     assert child["lineage_id"] == lineage["lineage_id"]
 
 
+def test_the_run_that_a_stage_belongs_to_is_recorded(
+    tiny_folder: Path, data: str, tmp_path: Path
+) -> None:
+    run(tiny_folder, data, tmp_path / "out", run_id="nightly-7")
+    assert read_lineage(tmp_path / "out")["run_id"] == "nightly-7"
+    run(tmp_path / "out", data, tmp_path / "second")
+    assert read_lineage(tmp_path / "second")["run_id"] is None
+
+
 def test_skipped_lines_are_counted(tiny_folder: Path, data: str, tmp_path: Path) -> None:
     with Path(data).open("a") as file:
         file.write("not JSON\n" + json.dumps({"prompt": "x", "completion": "1" * 999}) + "\n")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic_core import to_jsonable_python
@@ -36,6 +37,18 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
+def _check_run_id(run_id: str | None) -> str | None:
+    if run_id is None or re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", run_id):
+        return run_id
+    raise ValueError(
+        "must be at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends"
+    )
+
+
+RunId = Annotated[str | None, pydantic.AfterValidator(_check_run_id)]
+"""Name of a run that several stages belong to; it is a label of Kubernetes objects, too."""
+
+
 def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
     """Build a configuration from command-line arguments.
 
@@ -50,10 +63,18 @@ def load_config(config_class: type[C], arguments: Sequence[str]) -> C:
     tree = _read_file(path) if path else {}
     for key, value in overrides:
         _set_nested(tree, key, value)
+    return parse_tree(config_class, tree, place=str(path) if path else "")
+
+
+def parse_tree(config_class: type[C], tree: Mapping[str, Any], *, place: str = "") -> C:
+    """Build a configuration from nested mappings that were read from ``place``.
+
+    Raises ConfigError with one sentence per problem.
+    """
     try:
         return config_class.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError(_explain(config_class, error, path)) from None
+        raise ConfigError(_explain(config_class, error, place)) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -166,10 +187,9 @@ def _set_nested(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(config_class: type[Config], error: pydantic.ValidationError, path: Path | None) -> str:
+def _explain(config_class: type[Config], error: pydantic.ValidationError, place: str) -> str:
     keys = [key for key, _ in _fields(config_class)]
     known = [*keys, *sorted({key.rpartition(".")[0] for key in keys} - {""})]
-    place = f"{path}: " if path else ""
     sentences = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -183,5 +203,6 @@ def _explain(config_class: type[Config], error: pydantic.ValidationError, path: 
             where = f"'{key}'" if key else "configuration"
             seen = "" if isinstance(problem["input"], Mapping) else f" (got {problem['input']!r})"
             sentences.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{seen}")
-    text = place + "; ".join(sentence.rstrip(".") for sentence in sentences)
+    text = "; ".join(sentence.rstrip(".") for sentence in sentences)
+    text = f"{place}: {text}" if place else text
     return text if text.endswith("?") else f"{text}."

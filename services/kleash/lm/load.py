@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from kleash.base.durable import flush_folder, flush_tree
 from kleash.base.errors import ConfigError, ModelError
 from kleash.lm.config import Dtype
 
@@ -198,7 +199,9 @@ def save_checkpoint_folder(
     """Write a Hugging Face folder with ``kleash.json`` (what made it) all at once.
 
     The folder appears under its name only when it is complete; an existing one is an error.
-    ``files`` are further text files by name (``report.json``).
+    ``files`` are further text files by name (``report.json``). ``kleash.json`` is written last and
+    names the files of model and tokenizer under ``files``: where a folder cannot be renamed at
+    once, or somebody copies it, it tells a complete one (kleash.sources.checkpoint).
     """
     _quiet_transformers()
     check_output(folder)
@@ -211,13 +214,20 @@ def save_checkpoint_folder(
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        texts = {"kleash.json": json.dumps(lineage, indent=2) + "\n", **(files or {})}
+        described = lineage | {"files": _file_names(partial)}
+        texts = {**(files or {}), "kleash.json": json.dumps(described, indent=2) + "\n"}
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        flush_tree(partial)
         partial.rename(folder)
+        flush_folder(folder.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
 def read_lineage(folder: Path | str) -> dict[str, Any]:

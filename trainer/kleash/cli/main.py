@@ -7,10 +7,13 @@ Nothing heavy is imported before a subcommand needs it: ``kleash --help`` answer
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kleash.base.errors import KleashError, RemoteError, UserError
@@ -60,6 +63,17 @@ COMMANDS = {
         "serve",
         "inspect, history or verify: published versions and what a replica serves",
     ),
+    "fetch": Command(
+        "kleash.cli.fetch:run",
+        "train",
+        "a model folder from the Hub, an object store, a web server; or wait for one",
+    ),
+    "k8s": Command(
+        "kleash.cli.k8s:run",
+        "k8s",
+        "check what is deployed; run, watch and steer a pipeline on a cluster",
+    ),
+    "token": Command("kleash.cli.tokens:run", "serve", "keys that callers of the services show"),
 }
 
 
@@ -88,13 +102,13 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     module, _, function = command.function.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)(arguments)
-    except UserError as error:
-        return _fail(str(error), 2)
-    except RemoteError as error:
-        return _fail(str(error), 3)
+        with _ended_by_sigterm():
+            return getattr(importlib.import_module(module), function)(arguments)
+    except _TerminatedError:
+        return _fail("ended by SIGTERM.", 128 + signal.SIGTERM)
     except KleashError as error:
-        return _fail(str(error), 1)
+        is_users, is_remote = isinstance(error, UserError), isinstance(error, RemoteError)
+        return _fail(str(error), 2 if is_users else 3 if is_remote else 1)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130)
     except ModuleNotFoundError as error:
@@ -102,6 +116,31 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             raise
         sentence = f"kleash {name} needs the package '{error.name}'"
         return _fail(f"{sentence}; pip install 'kleash[{command.extra}]'.", 2)
+
+
+class _TerminatedError(BaseException):
+    """Ends the main thread as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM cleans up and ends a command that does nothing else with it.
+
+    As the first process of a container nothing would happen: the kernel drops a signal that process
+    1 has no handler for. Servers and the trainer have handlers of their own, in place of this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _help() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,21 @@ def _ppo_outcome(config: PPOConfig, report: PPOReport) -> str:
     return f"stopped after step {report.steps} of {config.total_steps}; --resume goes on"
 
 
+def _was_done(stage: str, config: Any) -> bool:
+    """Whether this very stage of the run wrote ``out``: a Job's pod may be started once too often.
+
+    Only with a run_id. PPO knows for itself where it is.
+    """
+    if stage == "ppo" or getattr(config, "run_id", None) is None:
+        return False
+    path = config.out / "kleash.json"
+    if not path.is_file():
+        return False
+    made = json.loads(path.read_text(encoding="utf-8"))
+    same = made.get("config") == json.loads(config.model_dump_json())
+    return same and (made.get("stage"), made.get("run_id")) == (stage, config.run_id)
+
+
 def _run_stage(
     name: str,
     config_class: type[Config],
@@ -73,6 +89,9 @@ def _run_stage(
     from kleash.cli.progress import TerminalProgress
 
     configure_logging()
+    if _was_done(name, config):
+        show(f"{name}: done already, {config.out}")
+        return 0
     limit_threads(config.num_threads)
     module, _, attribute = function.partition(":")
     progress = TerminalProgress()

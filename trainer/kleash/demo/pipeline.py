@@ -4,48 +4,28 @@
 
 Every stage is the one that users call, on files in the formats that users bring. PPO runs as
 ``kleash up`` does: three services and the trainer as processes of their own, over gRPC.
+
+The result of every stage appears under its name when it is complete, and stays: a demo that was cut
+off goes on with the next stage, and whoever waits for a model never sees half of one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import pydantic
-
-from kleash.base.config import Config
+from kleash.base.durable import write_whole
 from kleash.base.errors import KleashError
 from kleash.base.progress import Progress
-from kleash.demo.settings import QUICK, DemoSettings
+from kleash.demo.config import DemoConfig
+from kleash.demo.folder import RESULTS, DemoFolder, demo_folder
 
 logger = logging.getLogger(__name__)
-
-
-class DemoConfig(Config):
-    """The demo."""
-
-    out: Path = Path("runs/demo")
-    """Folder for everything; an earlier run there is moved aside."""
-    seed: int = pydantic.Field(default=0, ge=0)
-    """Decides the world, the models' first weights and every draw."""
-    quick: bool = False
-    """Far smaller everything: shows that it works within a minute, with poor results."""
-    num_threads: int = pydantic.Field(default=1, ge=0)
-    """Threads of each process; 0 leaves torch's own choice. With 1 the results do not depend on the
-    number of cores; the longest stage runs four processes side by side in any case."""
-    settings: DemoSettings | None = None
-    """Sizes and hyper-parameters in place of the built-in ones."""
-
-    @property
-    def chosen_settings(self) -> DemoSettings:
-        """What is computed."""
-        return self.settings or (QUICK if self.quick else DemoSettings())
 
 
 class DemoError(KleashError):
@@ -62,42 +42,49 @@ class Demo:
         self.out = config.out
         self.data = config.out / "data"
         self.wall_seconds: dict[str, float] = {}
-        self.stages: dict[str, dict[str, Any]] = {}
 
-    def run(self) -> dict[str, Any]:
-        """Every stage in turn; returns the content of report.json."""
-        started = time.monotonic()
-        _move_aside(self.out)
-        self.out.mkdir(parents=True)
-        for stage in (
-            self.world,
-            self.base,
-            self.sft,
-            self.candidates,
-            self.comparisons,
-            self.reward_model,
-            self.ppo,
-        ):
-            with self._timed(stage.__name__):
-                stage()
+    def run(self) -> dict[str, Any] | None:
+        """Every stage that is not done yet, in turn.
+
+        Returns the content of report.json, or None after ``config.until``. Raises ConfigError when
+        ``config.out`` holds something that cannot be resumed.
+        """
+        with demo_folder(self.config) as folder:
+            self.wall_seconds = folder.wall_seconds
+            for name, result in RESULTS.items():
+                if (self.out / result).exists():
+                    logger.info("demo: %s is complete already", name.replace("_", " "))
+                else:
+                    with self._timed(name, folder):
+                        getattr(self, name)()
+                if name == self.config.until:
+                    return None
+            report = self.out / "report.json"
+            return json.loads(report.read_text()) if report.exists() else self._report(folder)
+
+    def _report(self, folder: DemoFolder) -> dict[str, Any]:
         from kleash.demo.results import evaluate, write_report
 
-        with self._timed("evaluation"):
+        with self._timed("evaluation", folder):
             evaluation = evaluate(self)
-        self.wall_seconds["total"] = round(time.monotonic() - started, 1)
+        self.wall_seconds["total"] = round(sum(self.wall_seconds.values()), 1)
         return write_report(self, evaluation)
 
     def world(self) -> None:
         """Write the data files."""
         from kleash.demo.data import write_world
 
-        write_world(self.settings, self.data, seed=self.config.seed)
+        partial = self.out / ".data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_world(self.settings, partial, seed=self.config.seed)
+        partial.rename(self.data)
 
     def base(self) -> None:
         """Train the tokenizer and the base model."""
         from kleash.demo.base import train_base
 
-        report = train_base(
+        shutil.rmtree(self.out / "base-untrained", ignore_errors=True)
+        train_base(
             self.settings,
             self.data / "base.jsonl",
             self.out / "base",
@@ -105,7 +92,6 @@ class Demo:
             num_threads=self.config.num_threads,
             progress=self.progress,
         )
-        self.stages["base"] = {"loss": report.loss_last, "steps": report.steps}
 
     def sft(self) -> None:
         """Stage 1."""
@@ -113,11 +99,12 @@ class Demo:
         from kleash.sft.train import train
 
         sft = self.settings.sft
-        report = train(
+        train(
             SFTConfig(
                 model=self.out / "base",
                 data=str(self.data / "sft.jsonl"),
                 out=self.out / "sft",
+                run_id=self.config.run_id,
                 learning_rate=sft.learning_rate,
                 batch_size=sft.batch_size,
                 epochs=sft.epochs,
@@ -128,12 +115,6 @@ class Demo:
             ),
             self.progress,
         )
-        self.stages["sft"] = {
-            "loss": report.loss_last,
-            "loss_first": report.loss_first,
-            "steps": report.steps,
-            "evaluation_loss": report.evaluation_loss,
-        }
 
     def candidates(self) -> None:
         """Several responses to each comparison prompt."""
@@ -160,7 +141,7 @@ class Demo:
         figures = write_comparisons(
             self.settings, self.data / "candidates.jsonl", self.data, seed=self.config.seed
         )
-        self.stages["comparisons"] = figures
+        write_whole(self.out / RESULTS["comparisons"], json.dumps(figures, indent=2) + "\n")
 
     def reward_model(self) -> None:
         """Stage 2."""
@@ -168,11 +149,12 @@ class Demo:
         from kleash.reward_model.train import train
 
         sizes = self.settings.reward_model
-        report = train(
+        train(
             RewardModelConfig(
                 model=self.out / "sft",
                 data=str(self.data / "comparisons.jsonl"),
                 out=self.out / "reward-model",
+                run_id=self.config.run_id,
                 evaluation_data=str(self.data / "held-out-comparisons.jsonl"),
                 learning_rate=sizes.learning_rate,
                 batch_size=sizes.batch_size,
@@ -181,25 +163,6 @@ class Demo:
             ),
             self.progress,
         )
-        assert report.held_out is not None
-        held_out = asdict(report.held_out)
-        self.stages["reward_model"] = {
-            "accuracy": held_out.pop("accuracy"),
-            "accuracy_ci95": list(held_out.pop("accuracy_ci95")),
-            "label_noise_ceiling": self.stages["comparisons"]["label_noise_ceiling"],
-            "annotator_disagreement": self.stages["comparisons"]["annotator_disagreement"],
-            **{
-                key: held_out[key]
-                for key in (
-                    "loss",
-                    "mean_margin",
-                    "expected_calibration_error",
-                    "calibration",
-                    "score_length_correlation",
-                    "num_pairs",
-                )
-            },
-        }
 
     def ppo(self) -> None:
         """Stage 3, as ``kleash up``."""
@@ -208,18 +171,6 @@ class Demo:
         status = run(self._up_config(), self.progress)
         if status != 0:
             raise DemoError(f"PPO ended with status {status}; see {self.out / 'ppo' / 'logs'}.")
-        report = json.loads((self.out / "ppo" / "report.json").read_text(encoding="utf-8"))
-        keys = (
-            "steps",
-            "kl_per_sequence_nats",
-            "reward_mean_first",
-            "reward_mean_last",
-            "score_mean_first",
-            "score_mean_last",
-            "step_s_mean",
-            "samples_per_s_mean",
-        )
-        self.stages["ppo"] = {key: report[key] for key in keys}
 
     def _up_config(self) -> Any:
         from kleash.up.config import UpConfig
@@ -230,6 +181,8 @@ class Demo:
             {
                 "ppo": {
                     "out": self.out / "ppo",
+                    "run_id": self.config.run_id,
+                    "resume": True,
                     "prompts": str(self.data / "ppo-prompts.jsonl"),
                     "model": self.out / "sft",
                     "reward_model": self.out / "reward-model",
@@ -259,20 +212,10 @@ class Demo:
         )
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, folder: DemoFolder) -> Iterator[None]:
         started = time.monotonic()
         logger.info("demo: %s", name.replace("_", " "))
         yield
         self.progress.finish()
         self.wall_seconds[name] = round(time.monotonic() - started, 1)
-
-
-def _move_aside(out: Path) -> None:
-    """Keep an earlier run under the first free name OUT-N."""
-    if not out.exists():
-        return
-    number = 1
-    while (aside := out.with_name(f"{out.name}-{number}")).exists():
-        number += 1
-    out.rename(aside)
-    logger.info("the earlier run is now %s", aside)
+        folder.save()

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kleash.base.durable import write_whole
 from kleash.data.chat import render_prompt, render_response
 from kleash.demo.annotators import gold_sign_accuracy
 from kleash.demo.data import read_lines
+from kleash.demo.folder import RESULTS
 from kleash.demo.judge import score
 from kleash.evaluate.report import DialogueSample, render_report
 from kleash.evaluate.statistics import compare_paired
@@ -31,6 +33,14 @@ EVALUATION_SEED = 20_000
 """Far from the seeds of training: responses of the evaluation are draws of their own."""
 SAMPLES_PER_KIND = 2
 MAX_BATCH_TOKENS = 8192
+HELD_OUT_FIGURES = (
+    "loss", "mean_margin", "expected_calibration_error", "calibration", "score_length_correlation",
+    "num_pairs",
+)  # fmt: skip
+PPO_FIGURES = (
+    "steps", "kl_per_sequence_nats", "reward_mean_first", "reward_mean_last", "score_mean_first",
+    "score_mean_last", "step_s_mean", "samples_per_s_mean",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,13 @@ def write_report(demo: Demo, evaluation: Evaluation) -> dict[str, Any]:
         name: compare_paired(judged[first].totals, judged[second].totals, seed=demo.config.seed)
         for name, (first, second) in pairs.items()
     }
-    demo.stages["reward_model"]["gold_sign_accuracy"] = evaluation.gold_sign_accuracy
+    stages = stage_figures(demo.out)
+    stages["reward_model"]["gold_sign_accuracy"] = evaluation.gold_sign_accuracy
     report = {
         "title": "Kleash demo: three stages of RLHF on the small world",
-        "summary": _summary(demo),
+        "summary": _summary(demo, stages),
         "seed": demo.config.seed,
-        "stages": demo.stages,
+        "stages": stages,
         "gold": {name: result.gold for name, result in judged.items()},
         "sycophancy": {name: result.sycophancy for name, result in judged.items()},
         "win_rate": {name: result.win_rate.to_dict() for name, result in compared.items()},
@@ -109,14 +120,44 @@ def write_report(demo: Demo, evaluation: Evaluation) -> dict[str, Any]:
         "digests": {name: result.digest for name, result in judged.items()}
         | {"reward_model": evaluation.reward_model_digest},
     }
-    (demo.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     render_report(
         report,
         read_lines(demo.out / "ppo" / "metrics.jsonl"),
         _samples(evaluation.records, judged["sft"], judged["ppo"]),
         demo.out / "report.html",
     )
+    write_whole(demo.out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
+
+
+def stage_figures(out: Path) -> dict[str, dict[str, Any]]:
+    """What the stages themselves reported, from the files that they left."""
+    comparisons = _read(out / RESULTS["comparisons"])
+    held_out = _read(out / "reward-model" / "report.json")["held_out"]
+    return {
+        "base": _pick(_read(out / "base" / "report.json"), loss="loss_last", steps="steps"),
+        "sft": _pick(
+            _read(out / "sft" / "report.json"),
+            loss="loss_last",
+            **{key: key for key in ("loss_first", "steps", "evaluation_loss")},
+        ),
+        "comparisons": comparisons,
+        "reward_model": {
+            **{key: held_out[key] for key in ("accuracy", "accuracy_ci95")},
+            **{key: comparisons[key] for key in ("label_noise_ceiling", "annotator_disagreement")},
+            **{key: held_out[key] for key in HELD_OUT_FIGURES},
+        },
+        "ppo": {key: _read(out / RESULTS["ppo"])[key] for key in PPO_FIGURES},
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _pick(report: dict[str, Any], **names: str) -> dict[str, Any]:
+    """Figures of a report under other names."""
+    return {name: report[key] for name, key in names.items()}
 
 
 def judge_model(folder: Path, records: list[dict[str, Any]], *, max_new_tokens: int) -> Judged:
@@ -191,8 +232,8 @@ def _samples(records: list[dict[str, Any]], before: Judged, after: Judged) -> li
     return sorted(samples, key=lambda sample: sample.kind)
 
 
-def _summary(demo: Demo) -> str:
-    world, rankings = demo.settings.world, int(demo.stages["comparisons"]["num_rankings"])
+def _summary(demo: Demo, stages: dict[str, dict[str, Any]]) -> str:
+    world, rankings = demo.settings.world, int(stages["comparisons"]["num_rankings"])
     return (
         f"A base model of {demo.settings.model.num_layers} layers was trained from nothing on "
         f"{world.base_dialogues} dialogues, fine-tuned on {world.sft_dialogues} demonstrations, a "

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pydantic
 
-from kleash.base.config import Config
+from kleash.base.config import Config, RunId
 
 DEFAULT_EVALUATION_FRACTION = 0.05
 """Share of the prompts that is held out when nothing else is said."""
@@ -26,6 +26,8 @@ class RewardModelConfig(Config):
     """Comparisons: a JSON Lines file or a Hugging Face dataset, as pairs or as rankings."""
     out: Path
     """Folder to write; must not exist."""
+    run_id: RunId = None
+    """Name of the run that this stage belongs to, recorded in kleash.json; null records none."""
     evaluation_data: str | None = None
     """Held-out comparisons, in the formats of data; null takes evaluation_fraction of data."""
     evaluation_fraction: float | None = pydantic.Field(default=None, ge=0, lt=1)

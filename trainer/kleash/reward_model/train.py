@@ -164,6 +164,7 @@ def train(config: RewardModelConfig, progress: Progress) -> RewardModelReport:
         parent_digest=parent_digest,
         digest=report.digest,
         data_sha256=data.sha256,
+        run_id=config.run_id,
     )
     files = {
         "report.json": json.dumps(asdict(report), indent=2) + "\n",

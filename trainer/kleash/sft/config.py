@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kleash.base.config import Config
+from kleash.base.config import Config, RunId
 
 
 class SFTConfig(Config):
@@ -20,6 +20,8 @@ class SFTConfig(Config):
     :split."""
     out: Path
     """Folder to write: a Hugging Face checkpoint with kleash.json, report.json, metrics.jsonl."""
+    run_id: RunId = None
+    """Name of the run that this stage belongs to, recorded in kleash.json; null records none."""
     evaluation_data: str | None = None
     """Held-out demonstrations, in the same forms as data."""
     evaluation_fraction: float = Field(default=0.0, ge=0, lt=1)

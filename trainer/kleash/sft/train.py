@@ -139,6 +139,7 @@ def train(config: SFTConfig, progress: Progress) -> SFTReport:
         parent_digest=parent_digest,
         digest=report.digest,
         data_sha256=data.sha256,
+        run_id=config.run_id,
     )
     files = {
         "report.json": json.dumps(asdict(report), indent=2) + "\n",

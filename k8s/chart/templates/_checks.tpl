@@ -1,0 +1,98 @@
+{{/* What the schema cannot see: values that do not fit together. Each message ends with the remedy. */}}
+
+{{- define "kleash.check" -}}
+{{- include "kleash.checkModels" . -}}
+{{- include "kleash.checkAuth" . -}}
+{{- include "kleash.checkJobs" . -}}
+{{- $values := .Values -}}
+{{- if $values.packed.enabled -}}
+{{- range $values.packed.services -}}
+{{- if not (index $values .).enabled -}}
+{{- fail (printf "packed.services names %s, and %s.enabled is false; enable it or take it out" . .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $key := list "policy" "reward" "reference" -}}
+{{- $scaling := (index $values $key).autoscaling -}}
+{{- if and $scaling.enabled (has $key (include "kleash.packedServices" $ | fromJsonArray)) -}}
+{{- fail (printf "%s.autoscaling does nothing for a packed service; set packed.replicas, or take %s out of packed.services" $key $key) -}}
+{{- end -}}
+{{- if and $scaling.enabled (eq $scaling.kind "keda") (not $scaling.prometheusAddress) -}}
+{{- fail (printf "%s.autoscaling.kind is keda, which asks Prometheus; set %s.autoscaling.prometheusAddress, such as http://prometheus.monitoring:9090" $key $key) -}}
+{{- end -}}
+{{- if and $scaling.enabled (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
+{{- fail (printf "%s.autoscaling.minReplicas is %v and maxReplicas %v; the first must not be larger" $key $scaling.minReplicas $scaling.maxReplicas) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $values.reward.route.enabled (not $values.reward.route.parentRefs) -}}
+{{- fail "reward.route is enabled and names no Gateway; set reward.route.parentRefs" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "kleash.checkModels" -}}
+{{- if .Values.demo.enabled -}}
+{{- $isUsed := false -}}
+{{- range list .Values.policy .Values.reward .Values.reference .Values.sft .Values.rewardModel -}}
+{{- if regexMatch "^(demo://|pvc:///demo/)" .model.uri }}{{ $isUsed = true }}{{ end -}}
+{{- end -}}
+{{- if not $isUsed -}}
+{{- fail "demo.enabled is true and no model is one of the demo, whose prompts and learning rates the trainer would get; set demo.enabled=false" -}}
+{{- end -}}
+{{- end -}}
+{{- range $component := concat (include "kleash.servingComponents" . | fromJsonArray) (list "trainer" "sft" "reward-model") -}}
+{{- $key := include "kleash.valuesKey" $component -}}
+{{- if (index $.Values $key).enabled -}}
+{{- range (include "kleash.podModels" (dict "root" $ "component" $component) | fromJson).items -}}
+{{- if not .model.uri -}}
+{{- fail (printf "%s has no model (%s); set %s.model.uri, such as hf://org/name@revision or pvc://claim/path" $component .label $key) -}}
+{{- end -}}
+{{- if and (eq .model.scheme "demo") (not $.Values.demo.enabled) -}}
+{{- fail (printf "the model %s of %s is made by the demo Job, and demo.enabled is false; enable it, set another model.uri, or use pvc:///demo/%s when an earlier run left it on the claim" .model.uri $component .model.name) -}}
+{{- end -}}
+{{- if and (eq .model.scheme "oci") (semverCompare "<1.31.0-0" $.Capabilities.KubeVersion.Version) -}}
+{{- fail (printf "the model %s needs image volumes, and Kubernetes %s has none (1.31 with a feature gate, 1.35 without); use another model.uri" .model.uri $.Capabilities.KubeVersion.Version) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "kleash.checkAuth" -}}
+{{- $auth := .Values.auth -}}
+{{- if and (eq $auth.mode "token") (not $auth.token.existingSecret) -}}
+{{- fail "auth.mode is token; set auth.token.existingSecret to a Secret with the servers' file of keys and the release's own key (README, Authentication)" -}}
+{{- end -}}
+{{- if and (include "kleash.hasTls" .) (not $auth.tls.existingSecret) (not $auth.tls.certManager.issuerRef.name) -}}
+{{- fail (printf "TLS is on (auth.mode %s, auth.tls.enabled %v) without certificates; set auth.tls.existingSecret, or auth.tls.certManager.issuerRef.name" $auth.mode $auth.tls.enabled) -}}
+{{- end -}}
+{{- if and (include "kleash.hasTls" .) $auth.tls.existingSecret (not $auth.tls.serverName) -}}
+{{- fail "auth.tls.existingSecret is one certificate for all servers; set auth.tls.serverName to a DNS name that it holds" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "kleash.checkJobs" -}}
+{{- $values := .Values -}}
+{{- if gt (int $values.trainer.nodes) 1 -}}
+{{- fail (printf "trainer.nodes is %v: the trainer is one process and cannot be spread over nodes yet; set it to 1 and give that pod more accelerators, or scale the services, which take most of a step" $values.trainer.nodes) -}}
+{{- end -}}
+{{- if $values.trainer.enabled -}}
+{{- $services := $values.trainer.config.services | default dict -}}
+{{- range $service := list "policy" "reward" "reference" -}}
+{{- if and (not (index $values $service).enabled) (not (get $services $service)) -}}
+{{- fail (printf "the trainer needs a %s service and %s.enabled is false; enable it, or set trainer.config.services.%s to the address of one" $service $service $service) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (not $values.demo.enabled) (not $values.trainer.config.prompts) -}}
+{{- fail "the trainer has no prompts; set trainer.config.prompts to a JSON Lines file below /runs or to a Hugging Face dataset" -}}
+{{- end -}}
+{{- end -}}
+{{- if and $values.sft.enabled (not $values.sft.config.data) -}}
+{{- fail "sft has no demonstrations; set sft.config.data to a JSON Lines file below /runs or to a Hugging Face dataset" -}}
+{{- end -}}
+{{- if and $values.rewardModel.enabled (not $values.rewardModel.config.data) -}}
+{{- fail "rewardModel has no comparisons; set rewardModel.config.data to a JSON Lines file below /runs or to a Hugging Face dataset" -}}
+{{- end -}}
+{{- if and $values.rewardModel.enabled (not $values.rewardModel.model.uri) (not $values.sft.enabled) -}}
+{{- fail "rewardModel has no model to start from; set rewardModel.model.uri, or enable sft, which makes one" -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,148 @@
+{{/*
+Where models come from, and how they get into a pod.
+
+  demo://NAME            /runs/demo/NAME, made by the demo Job on the release's claim
+  pvc:///PATH            PATH on the release's claim, mounted at /runs
+  pvc://CLAIM/PATH       PATH on another claim, mounted at /claims/CLAIM
+  oci://IMAGE@sha256:..  an image volume, mounted at /models/NAME
+  hf://, s3://, ...      downloaded to /models/NAME by an init container
+*/}}
+
+{{- define "kleash.runsClaim" -}}
+{{- default (printf "%s-runs" (include "kleash.fullname" .)) .Values.runs.existingClaim -}}
+{{- end -}}
+
+{{/* Folder on the release's claim that a stage of the run writes. Takes root, stage. */}}
+{{- define "kleash.stageUri" -}}
+{{- printf "pvc:///%s/%s" (include "kleash.runId" .root) .stage -}}
+{{- end -}}
+
+{{/* URI of a service's model: given, or what a Job of the release makes. Takes root, service. */}}
+{{- define "kleash.modelUri" -}}
+{{- $values := .root.Values -}}
+{{- $uri := (index $values .service).model.uri -}}
+{{- if and (not $uri) (eq .service "reference") -}}
+{{- $uri = include "kleash.modelUri" (dict "root" .root "service" "policy") -}}
+{{- else if and (not $uri) (eq .service "policy") $values.sft.enabled -}}
+{{- $uri = include "kleash.stageUri" (dict "root" .root "stage" "sft") -}}
+{{- else if and (not $uri) (eq .service "reward") $values.rewardModel.enabled -}}
+{{- $uri = include "kleash.stageUri" (dict "root" .root "stage" "reward-model") -}}
+{{- end -}}
+{{- $uri -}}
+{{- end -}}
+
+{{/* What a URI names: {uri, scheme, folder, name, claim, image, usesRuns, isRemote, hasLineage} as JSON. Takes root, uri. */}}
+{{- define "kleash.model" -}}
+{{- $scheme := regexFind "^[a-z0-9]+" .uri -}}
+{{- $rest := trimPrefix (printf "%s://" $scheme) .uri -}}
+{{- $name := regexReplaceAll "@.*$" $rest "" | trimSuffix "/" | base -}}
+{{- $model := dict "uri" .uri "scheme" $scheme "name" $name "claim" "" "image" "" "usesRuns" false "isRemote" false "hasLineage" false -}}
+{{- if eq $scheme "demo" -}}
+{{- $_ := set $model "folder" (printf "/runs/demo/%s" $rest) -}}
+{{- $_ := set $model "usesRuns" true -}}
+{{- $_ := set $model "hasLineage" true -}}
+{{- else if eq $scheme "pvc" -}}
+{{- $claim := regexFind "^[^/]*" $rest -}}
+{{- $path := trimPrefix $claim $rest | trimAll "/" -}}
+{{- if or (not $claim) (eq $claim (include "kleash.runsClaim" .root)) -}}
+{{- $_ := set $model "folder" (printf "/runs/%s" $path) -}}
+{{- $_ := set $model "usesRuns" true -}}
+{{- /* What a stage of the run writes is complete when its kleash.json is there. */ -}}
+{{- $_ := set $model "hasLineage" (or (hasPrefix "demo/" $path) (hasPrefix (printf "%s/" (include "kleash.runId" .root)) $path)) -}}
+{{- else -}}
+{{- $_ := set $model "claim" $claim -}}
+{{- $_ := set $model "folder" (printf "/claims/%s/%s" $claim $path) -}}
+{{- end -}}
+{{- else -}}
+{{- $_ := set $model "folder" (printf "/models/%s-%s" (regexReplaceAll "[^A-Za-z0-9._-]+" $name "-") (sha256sum .uri | trunc 8)) -}}
+{{- if eq $scheme "oci" -}}
+{{- $_ := set $model "image" $rest -}}
+{{- else -}}
+{{- $_ := set $model "isRemote" true -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $model -}}
+{{- end -}}
+
+{{/*
+Models that a component's pod needs: {"items": [{label, model, secret, sha256, waitSeconds}, ...]} as JSON,
+each folder once. Takes root, component.
+*/}}
+{{- define "kleash.podModels" -}}
+{{- $root := .root -}}
+{{- $wanted := list -}}
+{{- if eq .component "trainer" -}}
+{{- $wanted = append $wanted (dict "label" "model" "uri" (include "kleash.trainerModelUri" $root) "spec" $root.Values.trainer.model) -}}
+{{- if include "kleash.trainerRewardModelUri" $root -}}
+{{- $wanted = append $wanted (dict "label" "reward-model" "uri" (include "kleash.trainerRewardModelUri" $root) "spec" $root.Values.trainer.rewardModel) -}}
+{{- end -}}
+{{- else if eq .component "sft" -}}
+{{- $wanted = append $wanted (dict "label" "model" "uri" $root.Values.sft.model.uri "spec" $root.Values.sft.model) -}}
+{{- else if eq .component "reward-model" -}}
+{{- $wanted = append $wanted (dict "label" "model" "uri" (include "kleash.rewardModelBaseUri" $root) "spec" $root.Values.rewardModel.model) -}}
+{{- else if has .component (list "policy" "reward" "reference" "packed") -}}
+{{- $services := ternary $root.Values.packed.services (list .component) (eq .component "packed") -}}
+{{- range $service := $services -}}
+{{- $spec := (index $root.Values $service).model -}}
+{{- $wanted = append $wanted (dict "label" $service "uri" (include "kleash.modelUri" (dict "root" $root "service" $service)) "spec" $spec) -}}
+{{- end -}}
+{{- end -}}
+{{- $items := list -}}
+{{- $seen := list -}}
+{{- range $wanted -}}
+{{- $model := include "kleash.model" (dict "root" $root "uri" .uri) | fromJson -}}
+{{- if not (has $model.folder $seen) -}}
+{{- $seen = append $seen $model.folder -}}
+{{- $items = append $items (dict "label" .label "model" $model "secret" .spec.existingSecret "sha256" .spec.sha256 "waitSeconds" .spec.waitSeconds) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson (dict "items" $items) -}}
+{{- end -}}
+
+{{- define "kleash.trainerModelUri" -}}
+{{- default (include "kleash.modelUri" (dict "root" . "service" "policy")) .Values.trainer.model.uri -}}
+{{- end -}}
+
+{{/* Empty when the value network starts from the policy and needs no reward model. */}}
+{{- define "kleash.trainerRewardModelUri" -}}
+{{- if ne (dig "value" "init" "" .Values.trainer.config) "policy" -}}
+{{- default (include "kleash.modelUri" (dict "root" . "service" "reward")) .Values.trainer.rewardModel.uri -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The model that reward-model training starts from: given, or what the release's SFT Job makes. */}}
+{{- define "kleash.rewardModelBaseUri" -}}
+{{- default (include "kleash.stageUri" (dict "root" . "stage" "sft")) .Values.rewardModel.model.uri -}}
+{{- end -}}
+
+{{/*
+"true" when a component's process downloads data: every name of data that is no path is a data set of
+the Hugging Face Hub. Takes root, component.
+*/}}
+{{- define "kleash.downloadsData" -}}
+{{- if has .component (list "trainer" "sft" "reward-model") -}}
+{{- $config := (index .root.Values (include "kleash.valuesKey" .component)).config -}}
+{{- $data := list (get $config "data") (get $config "evaluation_data") (get $config "reference_data") (get $config "prompts") (dig "evaluation" "prompts" "" $config) (dig "ptx" "data" "" $config) -}}
+{{- $remote := false -}}
+{{- range $data }}{{ if and . (not (hasPrefix "/" .)) }}{{ $remote = true }}{{ end }}{{ end -}}
+{{- if $remote }}true{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* "true" when something of a component's pod is downloaded. Takes root, component. */}}
+{{- define "kleash.downloads" -}}
+{{- $remote := eq (include "kleash.downloadsData" .) "true" -}}
+{{- range (include "kleash.podModels" . | fromJson).items -}}
+{{- if .model.isRemote }}{{ $remote = true }}{{ end -}}
+{{- end -}}
+{{- if $remote }}true{{ end -}}
+{{- end -}}
+
+{{/* "true" when a component's pod mounts the release's claim. Takes root, component. */}}
+{{- define "kleash.usesRuns" -}}
+{{- $uses := has .component (list "trainer" "demo" "sft" "reward-model") -}}
+{{- range (include "kleash.podModels" . | fromJson).items -}}
+{{- if .model.usesRuns }}{{ $uses = true }}{{ end -}}
+{{- end -}}
+{{- if $uses }}true{{ end -}}
+{{- end -}}

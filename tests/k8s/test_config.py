@@ -1,0 +1,233 @@
+"""What the chart writes is what the product reads: configuration files parse with its classes,
+arguments name its commands, and every address is that of a Service that leads to an open port."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import pytest
+from tests.k8s.chart import NAMESPACE, Object, Pod, name_of, of_kind, pods, render, services_of
+from tests.k8s.netpol import Peer, is_allowed
+
+from kleash.base.config import Config
+from kleash.cli.main import COMMANDS
+from kleash.demo.pipeline import DemoConfig
+from kleash.ppo.config import PPOConfig
+from kleash.reward_model.config import RewardModelConfig
+from kleash.sft.config import SFTConfig
+from kleash.up.config import SERVICES, ServeConfig
+
+pytestmark = pytest.mark.k8s
+
+CONFIGS: dict[str, type[Config]] = {
+    "serve.json": ServeConfig,
+    "ppo.json": PPOConfig,
+    "sft.json": SFTConfig,
+    "reward-model.json": RewardModelConfig,
+    "demo.json": DemoConfig,
+}
+ADDRESS = re.compile(r"(?:dns:///)?([a-z0-9-]+)\.([a-z0-9-]+)\.svc(?:\.cluster\.local)?:(\d+)")
+
+
+def configs(objects: list[Object]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """ConfigMap, key and content of every configuration file."""
+    for item in of_kind(objects, "ConfigMap"):
+        for key, text in item.get("data", {}).items():
+            if key in CONFIGS:
+                yield item["metadata"]["name"], key, json.loads(text)
+
+
+def config_of(objects: list[Object], pod: Pod, key: str) -> dict[str, Any]:
+    """The file that a pod mounts."""
+    names = {
+        volume["configMap"]["name"]
+        for volume in pod.spec.get("volumes", [])
+        if "configMap" in volume
+    }
+    (found,) = [
+        tree for name, found_key, tree in configs(objects) if name in names and found_key == key
+    ]
+    return found
+
+
+def mounted_file(objects: list[Object], pod: Pod, path: str) -> str | None:
+    """The ConfigMap's text that a pod's first container sees at ``path``."""
+    volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
+    maps = {item["metadata"]["name"]: item["data"] for item in of_kind(objects, "ConfigMap")}
+    for mount in pod.spec["containers"][0].get("volumeMounts", []):
+        volume = volumes[mount["name"]]
+        if "configMap" not in volume:
+            continue
+        data = maps[volume["configMap"]["name"]]
+        items = volume["configMap"].get("items") or [{"key": key, "path": key} for key in data]
+        for item in items:
+            base = PurePosixPath(mount["mountPath"])
+            place = base if mount.get("subPath") == item["path"] else base / item["path"]
+            if str(place) == path:
+                return data[item["key"]]
+    return None
+
+
+def texts(tree: Any) -> Iterator[str]:
+    """Every string in a configuration."""
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from texts(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from texts(value)
+    elif isinstance(tree, str):
+        yield tree
+
+
+def test_configuration_is_what_the_product_reads(objects: list[Object]) -> None:
+    found = list(configs(objects))
+    assert found
+    for name, key, tree in found:
+        config = CONFIGS[key].model_validate(tree)
+        assert config, f"{name} {key}"
+
+
+def test_arguments_name_commands_and_files_that_are_mounted(objects: list[Object]) -> None:
+    for pod in pods(objects):
+        for container in pod.containers:
+            assert pod.is_test or container["args"][0] in COMMANDS, container["args"]
+        arguments = pod.spec["containers"][0].get("args", [])
+        for argument in arguments:
+            if argument.endswith(".json"):
+                text = mounted_file(objects, pod, argument)
+                assert text is not None, f"{pod.name}: nothing is mounted at {argument}"
+                CONFIGS[PurePosixPath(argument).name].model_validate(json.loads(text))
+        if arguments[:1] == ["serve"]:
+            names = arguments[1:-1]
+            assert names, pod.name
+            assert set(names) <= set(SERVICES), pod.name
+            tree = config_of(objects, pod, "serve.json")
+            assert set(names) == set(tree) - {"server"}, f"{pod.name}: other services configured"
+
+
+def test_processes_listen_where_the_pod_says(objects: list[Object]) -> None:
+    for pod in pods(objects):
+        key = {"serve": "serve.json", "ppo": "ppo.json"}.get(pod.spec["containers"][0]["args"][0])
+        if key is None or pod.is_test:
+            continue
+        tree = config_of(objects, pod, key)
+        server, ports = tree["server"], pod.ports()
+        assert server["host"] in ("0.0.0.0", "::"), pod.name
+        assert server["port"] == ports["grpc"], pod.name
+        assert server["health_port"] == ports["grpc-health"], pod.name
+        assert server["metrics_port"] == ports["http-metrics"], pod.name
+        if key == "ppo.json":
+            store = tree["publish"]["server"]
+            assert store["host"] in ("0.0.0.0", "::"), pod.name
+            assert store["port"] == ports["weights"], pod.name
+
+
+def test_addresses_lead_to_pods_that_may_be_reached(objects: list[Object]) -> None:
+    services = {item["metadata"]["name"]: item for item in of_kind(objects, "Service")}
+    everyone = list(pods(objects))
+    seen = 0
+    for pod in everyone:
+        if pod.spec["containers"][0].get("args", [""])[0] not in ("serve", "ppo"):
+            continue
+        key = "serve.json" if pod.is_server else "ppo.json"
+        tree = config_of(objects, pod, key)
+        for text in texts(tree):
+            found = ADDRESS.fullmatch(text)
+            assert found or ".svc" not in text, f"{pod.name}: {text}"
+            if not found:
+                continue
+            seen += 1
+            name, namespace, port = found[1], found[2], int(found[3])
+            assert namespace == NAMESPACE, text
+            assert name in services, f"{pod.name} calls {text}, and there is no such Service"
+            ports = {entry["port"]: entry for entry in services[name]["spec"]["ports"]}
+            assert port in ports, f"{pod.name} calls {text}"
+            targets = [one for one in everyone if services[name] in services_of(objects, one)]
+            for target in targets:
+                number = target.ports()[ports[port]["targetPort"]]
+                source = Peer(pod.name, NAMESPACE, pod.labels, ports=pod.ports())
+                end = Peer(target.name, NAMESPACE, target.labels, ports=target.ports())
+                if target != pod:
+                    assert is_allowed(objects, source, end, number), f"{pod.name} -> {text}"
+    assert seen > 0
+
+
+def _trainer(objects: list[Object]) -> tuple[Pod, dict[str, Any]]:
+    for pod in pods(objects):
+        if pod.component == "trainer":
+            return pod, config_of(objects, pod, "ppo.json")
+    pytest.skip("this example has no trainer")
+
+
+def test_the_trainer_goes_on_where_it_was(objects: list[Object]) -> None:
+    pod, tree = _trainer(objects)
+    assert tree["resume"] is True
+    assert tree["run_id"] == pod.labels["kleash.dev/run"]
+    assert tree["out"] == f"/runs/{tree['run_id']}/ppo"
+    (mount,) = [
+        mount
+        for mount in pod.spec["containers"][0]["volumeMounts"]
+        if mount["mountPath"] == "/runs"
+    ]
+    (volume,) = [volume for volume in pod.spec["volumes"] if volume["name"] == mount["name"]]
+    assert volume["persistentVolumeClaim"]["claimName"]
+
+
+def test_the_trainer_finds_replicas_and_holds_the_lease(objects: list[Object]) -> None:
+    _, tree = _trainer(objects)
+    assert tree["services"]["discovery"] == "endpoint_slices"
+    assert tree["services"]["policy"][0].partition(".")[0].endswith("-policy-headless")
+    assert tree["services"]["wait_s"] >= 900
+    assert tree["publish"]["lease"], "two trainers could publish to one fleet"
+    assert ADDRESS.fullmatch(tree["publish"]["address"])
+
+
+def test_policies_know_their_publisher(defaults: list[Object]) -> None:
+    _, trainer = _trainer(defaults)
+    (policy,) = [pod for pod in pods(defaults) if pod.component == "policy"]
+    publisher = config_of(defaults, policy, "serve.json")["policy"]["weights"]["publisher"]
+    assert publisher == trainer["publish"]["address"]
+
+
+def test_models_are_in_a_folder_that_is_mounted(objects: list[Object]) -> None:
+    for pod in pods(objects):
+        mounts = [mount["mountPath"] for mount in pod.spec["containers"][0]["volumeMounts"]]
+        for name, key, tree in configs(objects):
+            used = {
+                volume["configMap"]["name"]
+                for volume in pod.spec["volumes"]
+                if "configMap" in volume
+            }
+            if name not in used:
+                continue
+            sections = (
+                [tree[one] for one in SERVICES if one in tree] if key == "serve.json" else [tree]
+            )
+            for section in sections:
+                for model in (section.get("model"), section.get("reward_model")):
+                    if isinstance(model, str) and model.startswith("/"):
+                        assert any(
+                            PurePosixPath(model).is_relative_to(mount) for mount in mounts
+                        ), f"{pod.name}: {model} is below none of {mounts}"
+
+
+def test_values_of_the_processes_reach_them(helm: object) -> None:
+    """`config` of a component is merged over what the chart sets; a typo there fails in the
+    process, with its own message."""
+    items = render(settings=('trainer.config={"kl":{"coefficient":0.125}}',))
+    _, tree = _trainer(items)
+    assert tree["kl"]["coefficient"] == 0.125
+    assert tree["publish"]["lease"], "the override replaced what it should have been merged with"
+
+
+def test_config_maps_hold_no_credentials(objects: list[Object]) -> None:
+    for item in of_kind(objects, "ConfigMap"):
+        for key, text in item.get("data", {}).items():
+            assert not re.search(r"hf_[A-Za-z0-9]{20}|BEGIN [A-Z ]*PRIVATE KEY", text), (
+                f"{name_of(item)} {key}"
+            )

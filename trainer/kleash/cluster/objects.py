@@ -1,0 +1,213 @@
+"""Objects of a cluster as plain dictionaries: apply, get, list, patch, delete, by kind and name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from kleash.cluster.connection import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    ClusterError,
+    Connection,
+    MissingError,
+    translated,
+)
+
+FIELD_MANAGER = "kleash"
+
+Manifest = dict[str, Any]
+"""An object as the API writes it."""
+
+
+class Kind(NamedTuple):
+    """What ``apiVersion`` and ``kind`` of an object say."""
+
+    api_version: str
+    name: str
+
+
+CONFIG_MAP = Kind("v1", "ConfigMap")
+POD = Kind("v1", "Pod")
+CLAIM = Kind("v1", "PersistentVolumeClaim")
+EVENT = Kind("v1", "Event")
+NAMESPACE = Kind("v1", "Namespace")
+JOB = Kind("batch/v1", "Job")
+DEPLOYMENT = Kind("apps/v1", "Deployment")
+
+
+def kind_of(manifest: Manifest) -> Kind:
+    """Kind of an object."""
+    return Kind(manifest["apiVersion"], manifest["kind"])
+
+
+def name_of(manifest: Manifest) -> str:
+    """Name of an object."""
+    return manifest["metadata"]["name"]
+
+
+def labels_of(manifest: Manifest) -> dict[str, str]:
+    """Labels of an object; empty without any."""
+    return manifest["metadata"].get("labels") or {}
+
+
+def conditions_of(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Conditions in an object's status whose value is True or False, by type."""
+    found = manifest.get("status", {}).get("conditions") or []
+    return {condition["type"]: condition for condition in found}
+
+
+def is_true(manifest: Manifest, condition: str) -> bool:
+    """Whether a condition is True."""
+    return conditions_of(manifest).get(condition, {}).get("status") == "True"
+
+
+class Objects:
+    """The objects of one namespace. Every method raises ClusterError or UnreachableError."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.namespace = connection.namespace
+
+    def server_version(self) -> str:
+        """Of Kubernetes, as v1.34.2."""
+        return str(self.connection.dynamic.version["kubernetes"]["gitVersion"])
+
+    def apply(self, manifest: Manifest, *, force: bool = False, dry_run: bool = False) -> Manifest:
+        """Server-side apply: make what is stated here so, and leave other fields alone.
+
+        Without ``force`` a field that somebody else has set differently is an error of status 409.
+        ``dry_run`` does everything but store it.
+        """
+        kind, name = kind_of(manifest), name_of(manifest)
+        return self._request(
+            "patch",
+            kind,
+            name,
+            body=manifest,
+            content_type="application/apply-patch+yaml",
+            field_manager=FIELD_MANAGER,
+            force_conflicts=force,
+            dry_run="All" if dry_run else None,
+        )
+
+    def get(self, kind: Kind, name: str) -> Manifest | None:
+        """An object, or None when there is none of that name."""
+        try:
+            return self._request("get", kind, name)
+        except MissingError:
+            return None
+
+    def find(self, kind: Kind, labels: Mapping[str, str | None] | None = None) -> list[Manifest]:
+        """Objects whose labels have these values (None: any value); all without ``labels``."""
+        selector = ",".join(
+            key if value is None else f"{key}={value}" for key, value in (labels or {}).items()
+        )
+        answer = self._request("get", kind, None, label_selector=selector or None)
+        # Elements of a list do not repeat what kind they are.
+        return [
+            {"apiVersion": kind.api_version, "kind": kind.name, **item}
+            for item in answer.get("items") or []
+        ]
+
+    def warnings(self) -> list[Manifest]:
+        """Events of type Warning in the namespace, as they come."""
+        answer = self._request("get", EVENT, None, field_selector="type=Warning", limit=500)
+        return answer.get("items") or []
+
+    def create(self, manifest: Manifest) -> Manifest:
+        """Create an object; status 409 when there is one of that name."""
+        return self._request("post", kind_of(manifest), None, body=manifest, of=name_of(manifest))
+
+    def merge(self, kind: Kind, name: str, changes: Manifest) -> Manifest:
+        """JSON merge patch: null removes a field."""
+        return self._request(
+            "patch",
+            kind,
+            name,
+            body=changes,
+            content_type="application/merge-patch+json",
+            field_manager=FIELD_MANAGER,
+        )
+
+    def delete(self, kind: Kind, name: str) -> bool:
+        """Delete an object, and what it owns soon after; False when there is none."""
+        try:
+            self._request("delete", kind, name, propagation_policy="Background")
+        except MissingError:
+            return False
+        return True
+
+    def log(self, pod: str, container: str, *, tail_lines: int, previous: bool = False) -> str:
+        """End of a container's log; ``previous`` is of its run before the last restart."""
+        return b"".join(
+            self.follow_log(pod, container, tail_lines=tail_lines, follow=False, previous=previous)
+        ).decode(errors="replace")
+
+    def follow_log(
+        self,
+        pod: str,
+        container: str,
+        *,
+        tail_lines: int | None = None,
+        follow: bool = True,
+        previous: bool = False,
+    ) -> Iterator[bytes]:
+        """A container's log in pieces, to its end or, with ``follow``, to the container's."""
+        from kubernetes.client import CoreV1Api
+
+        with translated(f"log of pod {pod}", server=self.connection.server):
+            response: Any = CoreV1Api(self.connection.api_client).read_namespaced_pod_log(
+                pod,
+                self.namespace,
+                container=container,
+                follow=follow,
+                previous=previous,
+                tail_lines=tail_lines,
+                _preload_content=False,
+                _request_timeout=(CONNECT_TIMEOUT_S, 3600.0 if follow else READ_TIMEOUT_S),
+            )
+            try:
+                # Pieces as they arrive: a number of bytes would wait until so many are there.
+                yield from response.stream(amt=None, decode_content=True)
+            finally:
+                response.close()
+                response.release_conn()
+
+    def _request(
+        self, method: str, kind: Kind, name: str | None, of: str = "", **options: Any
+    ) -> Manifest:
+        dynamic = self.connection.dynamic
+        subject = f"{kind.name} {name or of}".strip()
+        with translated(subject, server=self.connection.server):
+            resource = dynamic.resources.get(api_version=kind.api_version, kind=kind.name)
+            namespace = self.namespace if resource.namespaced else None
+            reply = dynamic.request(
+                method,
+                resource.path(name=name, namespace=namespace),
+                serialize=False,
+                _request_timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                **options,
+            )
+            return json.loads(reply.data)
+
+
+def check_namespace(objects: Objects) -> None:
+    """Raise MissingError when the namespace does not exist.
+
+    Lists of a namespace that does not exist are empty, so that a mistyped name looks like an idle
+    cluster. An account without the right to see namespaces is not asked for it.
+    """
+    try:
+        found = objects.get(NAMESPACE, objects.namespace)
+    except ClusterError as error:
+        if error.status == 403:
+            return
+        raise
+    if found is None:
+        raise MissingError(
+            f"namespace {objects.namespace} does not exist; create it with kubectl create "
+            f"namespace {objects.namespace}, or name another with --namespace.",
+            status=404,
+        )
