@@ -113,13 +113,3 @@ def test_services_ran_as_processes_of_their_own(demo: Path) -> None:
     assert sorted(path.name for path in (demo / "ppo" / "logs").iterdir()) == [
         "policy.log", "reference.log", "reward.log",
     ]  # fmt: skip
-
-
-def test_a_second_run_keeps_the_first(tmp_path: Path) -> None:
-    from kleash.demo.pipeline import _move_aside
-
-    out = tmp_path / "demo"
-    for _ in range(3):
-        _move_aside(out)
-        out.mkdir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "demo-1", "demo-2"]

@@ -218,6 +218,10 @@ def save_checkpoint_folder(
         texts = {**(files or {}), "kleash.json": json.dumps(described, indent=2) + "\n"}
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        for path in partial.iterdir():
+            # safetensors makes its files readable to their owner alone; a service that mounts the
+            # folder may run as another user.
+            path.chmod(0o644)
         flush_tree(partial)
         partial.rename(folder)
         flush_folder(folder.absolute().parent)

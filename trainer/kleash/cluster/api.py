@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kleash.base.errors import ConfigError
-
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+from kleash.cluster.connection import SERVICE_ACCOUNT_NAMESPACE, load_configuration
 
 
 @dataclass(frozen=True)
@@ -31,29 +28,14 @@ def own_namespace() -> str:
     """POD_NAMESPACE, else the ServiceAccount's, else "default"."""
     if named := os.environ.get("POD_NAMESPACE"):
         return named
-    return NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.is_file() else "default"
+    path = SERVICE_ACCOUNT_NAMESPACE
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else "default"
 
 
 def open_api() -> Any:
-    """An ApiClient: of the pod's ServiceAccount, else of KUBECONFIG or ~/.kube/config.
+    """An ApiClient of this process's account. Raises ConfigError when there is no way to one."""
+    from kubernetes.client import ApiClient
 
-    Raises ConfigError when there is neither.
-    """
-    import kubernetes
-
-    configuration: Any = kubernetes.client.Configuration()
-    try:
-        kubernetes.config.load_incluster_config(client_configuration=configuration)
-    except kubernetes.config.ConfigException:
-        try:
-            # The package reads KUBECONFIG once, when it is imported.
-            kubernetes.config.load_kube_config(
-                config_file=os.environ.get("KUBECONFIG"), client_configuration=configuration
-            )
-        except (kubernetes.config.ConfigException, OSError) as error:
-            raise ConfigError(
-                f"there is no way to the Kubernetes API ({error}); run this in a pod with a "
-                "ServiceAccount, or set KUBECONFIG."
-            ) from None
+    configuration, _ = load_configuration()
     configuration.retries = False
-    return kubernetes.client.ApiClient(configuration)
+    return ApiClient(configuration)

@@ -65,7 +65,7 @@ def connect(context: str | None = None, namespace: str | None = None) -> Iterato
     from kubernetes.client import ApiClient
     from kubernetes.dynamic import DynamicClient
 
-    configuration, own_namespace = _configuration(context)
+    configuration, own_namespace = load_configuration(context)
     # Commands look again by themselves and say so; urllib3 would log each of its own attempts.
     configuration.retries = 0
     api_client = ApiClient(configuration=configuration)
@@ -80,7 +80,11 @@ def connect(context: str | None = None, namespace: str | None = None) -> Iterato
         )
 
 
-def _configuration(context: str | None) -> tuple[Any, str | None]:
+def load_configuration(context: str | None = None) -> tuple[Any, str | None]:
+    """The kubernetes package's Configuration, and the namespace that goes with it.
+
+    Of KUBECONFIG or ~/.kube/config, or else of the pod's own account. Raises ConfigError.
+    """
     from kubernetes.client import Configuration
     from kubernetes.config import (
         ConfigException,
