@@ -14,17 +14,20 @@ revision=$(git rev-parse HEAD 2>/dev/null || echo)
 settings=$(mktemp -d)
 trap 'rm -rf "$settings"' EXIT
 
-for volume in $("$python" k8s/image/pip_settings.py "$settings/pip.conf") \
-    ${KLEASH_BUILD_VOLUMES:-}; do
-    set -- --volume "$volume" "$@"
-done
+# Chroot needs the fewest rights of buildah's ways to isolate a step: it works inside containers.
+export BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}"
+
+# A volume leaves its empty mount point in each layer that is made while it is there. First the one
+# stage of the image that runs commands, without volumes; below it comes from the cache.
+buildah build --layers "$@" --target system .
+
 case " $* " in
 *" --target"*) ;;
 *) set -- --target kleash "$@" ;;
 esac
-# Chroot needs the fewest rights of buildah's ways to isolate a step: it works inside containers.
-BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
-export BUILDAH_ISOLATION
+for volume in $("$python" k8s/image/pip_settings.py "$settings/pip.conf") \
+    ${KLEASH_BUILD_VOLUMES:-}; do
+    set -- --volume "$volume" "$@"
+done
 buildah build --layers --secret "id=pip,src=$settings/pip.conf" \
     --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --tag "$image" "$@" .
-buildah inspect --type image --format '{{.FromImage}} {{.FromImageDigest}}' "$image"

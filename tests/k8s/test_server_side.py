@@ -24,11 +24,15 @@ Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def kubectl(api_server: ApiServer) -> Kubectl:
-    program = api_server.assets / "kubectl"
+    return _kubectl_of(api_server)
+
+
+def _kubectl_of(server: ApiServer) -> Kubectl:
+    program = server.assets / "kubectl"
     path = program if program.exists() else need("kubectl")
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(path), f"--kubeconfig={api_server.kubeconfig}", *arguments]
+        command = [str(path), f"--kubeconfig={server.kubeconfig}", *arguments]
         return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
     return call
@@ -60,14 +64,20 @@ def test_an_example_is_accepted(
 
 
 @pytest.mark.parametrize("name", ["cpu-demo", "gpu"])
-def test_manifests_apply_as_documented(api_server: ApiServer, kubectl: Kubectl, name: str) -> None:
-    """With the namespace in the file, so that one command installs."""
+def test_manifests_apply_as_documented(api_server: ApiServer, tmp_path: Path, name: str) -> None:
+    """With the namespace in the file, so that one command installs on a cluster that is empty."""
+    with ApiServer(api_server.assets, tmp_path) as server:
+        _check_manifests(server, name)
+
+
+def _check_manifests(server: ApiServer, name: str) -> None:
+    kubectl = _kubectl_of(server)
     path = MANIFESTS / f"{name}.yaml"
     done = kubectl("apply", "--server-side", f"--filename={path}")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
-    labels = api_server.request("GET", f"/api/v1/namespaces/{MANIFEST_NAMESPACE}")["metadata"]
-    assert labels["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    namespace = server.request("GET", f"/api/v1/namespaces/{MANIFEST_NAMESPACE}")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     again = kubectl("diff", "--server-side", f"--filename={path}")
     assert again.returncode == 0, again.stdout
 
