@@ -75,7 +75,7 @@ RUN find / -xdev -depth -regextype posix-extended -regex \
         -exec rm -rf {} + \
     && useradd --no-log-init --uid 10001 --gid 0 --home-dir /cache --no-create-home \
         --shell /usr/sbin/nologin kleash \
-    && install --directory --owner=10001 --group=0 --mode=0775 /cache /models /runs
+    && install --directory --owner=10001 --group=0 --mode=775 /cache /models /runs
 # An arbitrary UID has no name and no home: both come from here, and group 0 may write below /cache.
 ENV PATH=/opt/kleash/bin:$PATH \
     PYTHONUNBUFFERED=1 \

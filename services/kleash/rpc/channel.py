@@ -103,9 +103,8 @@ def channel_options(
         # Reconnect soon after a restart; the default grows to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
-        # A server that drains says so before its address is gone: where the new one is, is looked
-        # up at once. By default a channel looks up no more than every 30 s, and calls fail
-        # meanwhile.
+        # When a server closes its connections, where the next one is is looked up at once; by
+        # default no more than every 30 s, and calls fail meanwhile.
         ("grpc.dns_min_time_between_resolutions_ms", 500),
     ]
 

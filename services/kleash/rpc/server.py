@@ -49,12 +49,12 @@ class ServerConfig(Config):
     metrics_port: int = pydantic.Field(default=0, ge=0, lt=65536)
     """Port of the Prometheus page /metrics; 0 for none."""
     drain_announce_s: float = pydantic.Field(default=0.0, ge=0)
-    """Seconds between the signal and NOT_SERVING, in which the address of the server that takes over
-    becomes known; 5 behind Kubernetes DNS. A client whose only server is NOT_SERVING looks up
-    addresses once, and has none until this one is gone if it looked too early."""
+    """Seconds between the signal and NOT_SERVING, in which the address of the next server becomes
+    known; 15 behind Kubernetes DNS."""
     drain_delay_s: float = pydantic.Field(default=0.0, ge=0)
-    """Seconds between NOT_SERVING and refusing new calls, so that balancers notice; 15 behind
-    Kubernetes DNS."""
+    """Seconds between NOT_SERVING and refusing new calls, so that balancers notice. gRPC looks up
+    addresses when a connection closes, and not when a server is NOT_SERVING: a client that knows no
+    other server fails meanwhile."""
     drain_grace_s: float = pydantic.Field(default=30.0, ge=0)
     """Seconds that running calls have to end after that."""
     max_request_s: float = pydantic.Field(default=600.0, gt=0)
