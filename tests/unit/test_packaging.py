@@ -88,7 +88,13 @@ def test_base_requirements_are_those_of_the_client(wheel: zipfile.ZipFile) -> No
     required = metadata.get_all("Requires-Dist") or []
     names = {re.split(r"[^\w.-]", line)[0] for line in required if "extra ==" not in line}
     assert names == {"grpcio", "protobuf", "googleapis-common-protos", "numpy"}
-    assert set(metadata.get_all("Provides-Extra") or []) == {"serve", "train", "k8s", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {
+        "serve",
+        "train",
+        "k8s",
+        "vllm",
+        "dev",
+    }
 
 
 def test_the_command_is_installed(wheel: zipfile.ZipFile) -> None:
