@@ -11,6 +11,7 @@ TOOLS := build/tools
 HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
 .PHONY: setup demo test check bench protos protos-check lint types imports clean help
+.PHONY: image test-image apt-tools
 .PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards chart-readme
 
 help:  ## list the targets
@@ -72,6 +73,15 @@ protos-check: $(PROTO_VENV)/.installed  ## fail when the committed generated cod
 		--pyi_out=../build/protos --grpc_python_out=../build/protos $$(find kleash -name '*.proto' | sort)
 	diff -r --exclude='*.proto' --exclude=buf.yaml --exclude=__pycache__ build/protos/kleash protos/kleash \
 		|| { echo 'generated code is stale: run make protos and commit the result'; exit 1; }
+
+image: $(STAMP)  ## the container image, by buildah; BUILD_ARGS goes to it, such as "--build-arg VARIANT=cuda"
+	PYTHON=$(BIN)/python sh k8s/image/build.sh $(BUILD_ARGS)
+
+test-image: $(STAMP)  ## build the image on a base made by debootstrap, and run it; root, minutes, 5 GB
+	KLEASH_TEST_IMAGE_BUILD=1 $(BIN)/python -m pytest tests/k8s/test_image.py
+
+apt-tools:  ## Debian's packages that some tests need: building the image, drawing pages
+	apt-get update -qq && apt-get install -y -qq buildah debootstrap runc prometheus chromium
 
 # Programs that the tests of the chart need and this machine lacks; a test whose program is still
 # missing is skipped and says so. promtool comes out of Debian's package, without installing it.

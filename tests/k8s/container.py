@@ -53,7 +53,9 @@ class Container:
         self.name = f"kleash-test-{uuid.uuid4().hex[:12]}"
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         self._bundle = folder
-        self._runtime = runtime()
+        found = runtime()
+        assert found is not None, "neither runc nor crun is there"
+        self._runtime = found
         config = image_config(image)
         self._command = [*(config["Entrypoint"] if entrypoint is None else entrypoint), *arguments]
         self._working = _run("buildah", "from", "--pull-never", image).strip()

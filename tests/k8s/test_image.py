@@ -27,8 +27,10 @@ from tests.k8s.container import UID, Container, image_config, runtime
 from tests.k8s.tools import ROOT
 
 from kleash.client.reward import RewardClient
+from kleash.common.v1 import common_pb2
 from kleash.lm.digest import model_digest
 from kleash.lm.load import load_sequence_classifier
+from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
 
 pytestmark = [pytest.mark.k8s, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -96,7 +98,8 @@ def may_write(folder):
 print(json.dumps({
     "uid": os.getuid(), "gid": os.getgid(), "pid": os.getpid(),
     "capabilities": [line.split()[1] for line in open("/proc/self/status") if line[:3] == "Cap"],
-    "tools": [name for name in ("pip", "pip3", "gcc", "cc", "ld", "make", "git") if shutil.which(name)],
+    "tools": [name for name in ("pip", "pip3", "gcc", "cc", "ld", "make", "git")
+              if shutil.which(name)],
     "modules": [name for name in ("pip", "setuptools", "hatchling", "ensurepip", "pytest")
                 if importlib.util.find_spec(name)],
     "bytecode": pathlib.Path(importlib.util.cache_from_source(str(package))).exists(),
@@ -180,22 +183,29 @@ def test_a_service_scores_and_drains_at_sigterm(
     container, port, health_port = server
     with RewardClient(f"127.0.0.1:{port}") as client:
         (score,) = client.score_texts(["what is 2 + 2? 4."])
-        assert math.isfinite(score.score)
-        assert score.revision == model_digest(load_sequence_classifier(tiny_reward_folder))
+    assert math.isfinite(score.score)
+    assert score.revision == model_digest(load_sequence_classifier(tiny_reward_folder))
 
-        container.signal(signal.SIGTERM)
-        stopped = time.monotonic()
-        wait_until(lambda: health(health_port, SERVICE) == "NOT_SERVING", DRAIN_DELAY_S, container)
-        assert client.score_texts(["while it drains"])[0].is_ok
+    container.signal(signal.SIGTERM)
+    stopped = time.monotonic()
+    wait_until(lambda: health(health_port, SERVICE) == "NOT_SERVING", DRAIN_DELAY_S, container)
+    assert late_score(port).code == common_pb2.ITEM_STATUS_CODE_OK
     assert container.wait(30) == 0, container.output()
     assert time.monotonic() - stopped >= DRAIN_DELAY_S
+
+
+def late_score(port: int) -> reward_pb2.ScoreResult:
+    """As a caller that has not noticed yet; kleash's client watches health and calls no more."""
+    request = reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(text="while it drains")])
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        return reward_pb2_grpc.RewardServiceStub(channel).Score(request, timeout=10).results[0]
 
 
 def test_a_command_that_waits_obeys_sigterm_as_process_1(image: str, tmp_path: Path) -> None:
     """The kernel drops signals of process 1 that it has no handler for: a pod would hang 30 s."""
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    arguments = ["fetch", "pvc:///sft", "--out=/tmp/sft", "--wait_s=600"]
+    arguments = ["fetch", "/runs/demo/sft", "--wait_s=600"]
     with Container(image, arguments, bundle) as container:
         wait_until(lambda: container.output().strip() != "", 60, container)
         container.signal(signal.SIGTERM)
