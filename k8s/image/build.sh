@@ -25,8 +25,8 @@ case " $* " in
 *" --target"*) ;;
 *) set -- --target kleash "$@" ;;
 esac
-for volume in $("$python" k8s/image/pip_settings.py "$settings/pip.conf") \
-    ${KLEASH_BUILD_VOLUMES:-}; do
+volumes=$("$python" k8s/image/pip_settings.py "$settings/pip.conf")
+for volume in $volumes ${KLEASH_BUILD_VOLUMES:-}; do
     set -- --volume "$volume" "$@"
 done
 buildah build --layers --secret "id=pip,src=$settings/pip.conf" \

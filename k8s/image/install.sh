@@ -26,5 +26,5 @@ find "$environment" -newer "$started" -type f -name '*.py' >"$modules"
 mkdir -p /layer
 cd /
 find "${environment#/}" -newer "$started" ! -type d \
-    -exec cp --archive --parents --target-directory=/layer {} +
+    -exec cp --archive --link --parents --target-directory=/layer {} +
 rm -f "$started" "$modules"

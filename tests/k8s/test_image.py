@@ -1,7 +1,7 @@
 """The image itself, built by buildah and run as Kubernetes would run it: `make test-image`.
 
 It takes minutes, root, and about 5 GB of disk: KLEASH_TEST_IMAGE_BUILD=1 asks for it, with a base
-that debootstrap makes, so that no registry is needed. KLEASH_TEST_IMAGE=NAME tests an image that
+that debootstrap makes, so that no registry is needed. KLEASH_TEST_IMAGE=NAME tests a CPU image that
 buildah has already.
 """
 

@@ -183,6 +183,22 @@ def test_a_change_by_hand_does_not_lose_it(api: Any, api_server: ApiServer, name
     lease.release()
 
 
+def test_a_lease_that_was_deleted_is_made_again(
+    api: Any, api_server: ApiServer, namespace: str
+) -> None:
+    lease = lease_of(api, namespace, "run")
+    lease.acquire(WAIT_S, lambda: False)
+    lease.record("run-1", 4)
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/{NAME}"
+    api_server.request("DELETE", path)
+    time.sleep(3)
+    lease.check()
+    made = stored(api_server, namespace)
+    assert made["spec"]["holderIdentity"] == "run/trainer-0"
+    assert made["metadata"]["annotations"]["kleash.dev/fence"] == "4"
+    lease.release()
+
+
 def test_missing_rights_are_named(api_server: ApiServer, namespace: str) -> None:
     from kubernetes import config
 

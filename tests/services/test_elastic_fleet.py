@@ -141,6 +141,40 @@ def test_a_replica_that_dies_is_not_waited_for(world: World, tmp_path: Path) -> 
     assert served.version == report.weights_version
 
 
+def test_an_only_replica_that_is_replaced_is_not_waited_for(
+    world: World,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """As by a rolling restart of one replica: no publish is due that would find the new one."""
+    config = world.config(
+        tmp_path / "run",
+        total_steps=4,
+        services={"discovery": "dns", "policy": ["policies:1"], "wait_s": 15},
+    )
+    control = Control()
+    with contextlib.ExitStack() as stack:
+        leaving = contextlib.ExitStack()
+        first = leaving.enter_context(started(world.model, drain_grace_s=0.1))
+        stack.callback(leaving.close)
+        second = stack.enter_context(started(world.model))
+        script = Script(frozenset({first.address}))
+        fleet = stack.enter_context(following(script, config.services))
+        fleet.wait_for_one(lambda: False)
+
+        def replace() -> None:
+            if control.snapshot.step == 2:
+                leaving.close()
+                script.say(second.address)
+                until(lambda: fleet.members == frozenset({1}))
+
+        control.add_listener(replace)
+        services = Services(fleet.policies, fleet.weights, world.reward, world.reference)
+        report = train(config, services, control=control)
+        served = second.weights.get_weights()
+    assert report.is_complete
+    assert served.version == report.weights_version
+
+
 def test_an_address_that_is_no_policy_is_left_out(world: World) -> None:  # noqa: F811
     with started(world.model) as replica:
         script = Script(frozenset({replica.address, "127.0.0.1:1"}))

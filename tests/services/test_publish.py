@@ -434,6 +434,35 @@ def test_a_damaged_anchor_is_made_again(tiny_folder: Path, trained: Any, trainer
         assert second.digest == report.digest == model_digest(trained)
 
 
+def test_who_lost_the_lease_while_it_prepared_commits_nothing(
+    tiny_folder: Path, trained: Any, trainer: Trainer
+) -> None:
+    """A preparation may take minutes, a lease lasts seconds."""
+    asked: list[int] = []
+
+    def may_publish() -> None:
+        asked.append(len(asked))
+        if len(asked) == 4:  # twice for the first version; again before the second is committed
+            raise PermissionDenied("another trainer has the lease.", reason="LEASE_LOST")
+
+    with started(tiny_folder) as replica:
+        publisher = Publisher(
+            {0: replica.weights},
+            trainer.store,
+            run_id="run",
+            fence=1,
+            store_address=trainer.address,
+            may_publish=may_publish,
+        )
+        first = publisher.publish(load_causal_lm(tiny_folder), 1)
+        with pytest.raises(PermissionDenied, match="has the lease"):
+            publisher.publish(trained, 2)
+        served = replica.weights.get_weights()
+        assert (served.version, served.digest) == (1, first.digest)
+        assert trainer.store.head is not None
+        assert trainer.store.head.version == 1
+
+
 def test_peers_serve_peers(tiny_folder: Path, trained: Any, trainer: Trainer) -> None:
     """With one flat replica the second fetches from the first, and the third from it as well."""
     with fleet(tiny_folder, 3) as replicas:

@@ -27,7 +27,8 @@ NEW = "sha256:new"
 
 @dataclass
 class Rolling:
-    """Two models behind one address; ``answers`` says which one takes a call, by its number.
+    """Two models behind one address; ``answers`` says whether the new one takes a call, by its
+    number; ``stays_old`` are tokens of a sequence that only the old one ever scores.
 
     The new one gives every response the score 10 and calls itself NEW.
     """
@@ -36,6 +37,7 @@ class Rolling:
     answers: Any
     calls: list[bool] = field(default_factory=list)
     is_rolled_out: bool = False
+    stays_old: bytes = b""
 
     def get_model(self) -> Any:
         model = self.reward.get_model()
@@ -44,7 +46,11 @@ class Rolling:
         return model
 
     def score_tokens(self, sequences: Sequence[Any], **options: Any) -> list[Score]:
+        first = sequences[0].ids.tobytes()
+        if not self.calls:
+            self.stays_old = first if self.stays_old == b"first" else b""
         is_new = self.is_rolled_out or self.answers(len(self.calls))
+        is_new = is_new and first != self.stays_old
         self.calls.append(is_new)
         scores = self.reward.score_tokens(sequences, **options)
         return [replace(its, value=10.0, revision=NEW) for its in scores] if is_new else scores
@@ -65,15 +71,7 @@ def test_a_step_that_two_models_scored_is_scored_again_by_one(
     world: World, tmp_path: Path, prompts: list[PromptRecord]
 ) -> None:
     """Three groups of four: the second is answered by a replica that is new already."""
-    reward = Rolling(world.reward, lambda call: call == 1)
-    original = reward.get_model
-
-    def asked() -> Any:
-        # Whoever asks which model is served is told of the new one: the roll-out is over.
-        reward.is_rolled_out = True
-        return original()
-
-    reward.get_model = asked  # type: ignore[method-assign]
+    reward = Rolling(world.reward, lambda call: call == 1 or call > 2)
     rollout = collector(world, tmp_path, reward).collect(prompts, seed=7, weights_version=0)
     assert rollout.reward_revision == NEW
     assert [sample.score for sample in rollout.samples] == [10.0] * 12
@@ -92,7 +90,7 @@ def test_without_a_change_nothing_is_scored_twice(
 def test_two_models_that_stay_end_the_run(
     world: World, tmp_path: Path, prompts: list[PromptRecord]
 ) -> None:
-    reward = Rolling(world.reward, lambda call: call > 0)  # the first group alone stays old
+    reward = Rolling(world.reward, lambda call: call > 0, stays_old=b"first")
     config = world.config(tmp_path, services={"new_reward_model": "adopt", "wait_s": 1.0})
     mixed = world.collector(replace(world.services(), reward=reward), config)
     with pytest.raises(PreconditionFailed, match="2 reward models scored this step") as caught:

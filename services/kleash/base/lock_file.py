@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from kleash.base.errors import KleashError
+from kleash.base.errors import ConfigError, KleashError
 
 
 class HeldError(KleashError):
@@ -29,7 +29,13 @@ def take_lock(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                os.close(descriptor)
+                raise ConfigError(
+                    f"{path} cannot be locked ({os.strerror(error.errno or 0)}): this volume has "
+                    "no file locks; use one that has."
+                ) from None
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise HeldError(path, holder) from None

@@ -6,6 +6,7 @@ A folder is a plain checkpoint: policy as ``AutoModelForCausalLM``, reward model
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -218,10 +219,11 @@ def save_checkpoint_folder(
         texts = {**(files or {}), "kleash.json": json.dumps(described, indent=2) + "\n"}
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        for path in partial.iterdir():
-            # safetensors makes its files readable to their owner alone; a service that mounts the
-            # folder may run as another user.
-            path.chmod(0o644)
+        # safetensors makes its files readable to their owner alone; a service that mounts the
+        # folder may run as another user. Not every volume knows modes.
+        for path in partial.glob("*.safetensors"):
+            with contextlib.suppress(PermissionError):
+                path.chmod(0o644)
         flush_tree(partial)
         partial.rename(folder)
         flush_folder(folder.absolute().parent)

@@ -118,7 +118,9 @@ def _copy_file(
     except OSError as error:
         raise cannot_write(target.parent.parent, error) from None
     fetched = FetchedFile(name, writer.num_bytes, writer.sha256())
-    if file.digest and file.digest not in (f"sha256:{fetched.sha256}", f"git:{_git_hash(target)}"):
+    is_git = file.digest.startswith("git:")
+    found = f"git:{_git_hash(target)}" if is_git else f"sha256:{fetched.sha256}"
+    if file.digest and file.digest != found:
         target.unlink()
         raise unavailable(name, f"what arrived does not hash to {file.digest}")
     return fetched
@@ -126,8 +128,9 @@ def _copy_file(
 
 def _git_hash(path: Path) -> str:
     """What git calls a file with these bytes."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+    with path.open("rb") as file:
+        named = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        return hashlib.file_digest(file, lambda: named).hexdigest()
 
 
 def _receive(

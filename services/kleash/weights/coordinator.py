@@ -99,12 +99,18 @@ class Coordinator:
         store: Store,
         store_address: str,
         settings: FleetSettings | None = None,
+        may_publish: Callable[[], None] = lambda: None,
     ) -> None:
-        """``store_address`` is where replicas in other processes reach the store."""
+        """Args:
+        store_address: where replicas in other processes reach the store.
+        may_publish: raises a ServiceError when another trainer may hold the fleet; asked again
+            before anything is committed, as a preparation may take minutes.
+        """
         self.replicas = replicas
         self.settings = settings or FleetSettings()
         self._store = store
         self._store_address = store_address
+        self._may_publish = may_publish
 
     def needed(self, num_replicas: int) -> int:
         """Replicas that must commit, of so many. Raises Unavailable when there are fewer."""
@@ -134,6 +140,12 @@ class Coordinator:
             self._each(fleet, lambda index: fleet[index].abort(key))
             store.record("given_up", key, phase="prepare")
             raise _first(failures)
+        try:
+            self._may_publish()
+        except ServiceError:
+            self._each(fleet, lambda index: fleet[index].abort(key))
+            store.record("given_up", key, phase="prepare")
+            raise
         store.record("deciding", key, replicas=sorted(staged))
         committed, late = self._each(
             sorted(staged), lambda index: self._commit(index, fleet[index], key, check)
@@ -163,6 +175,7 @@ class Coordinator:
         if index not in fleet:
             raise Unavailable(f"policy replica {index} has left.", reason="NO_REPLICA")
         self._prepare(fleet, index, self._request(key, None))
+        self._may_publish()
         return self._commit(index, fleet[index], key, check)
 
     def sources(self, fleet: Replicas, index: int) -> list[str]:

@@ -107,6 +107,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except _TerminatedError:
         return _fail("ended by SIGTERM.", 128 + signal.SIGTERM)
     except KleashError as error:
+        if signal_number := getattr(error, "signal_number", 0):
+            return _fail(str(error), 128 + signal_number)
         is_users, is_remote = isinstance(error, UserError), isinstance(error, RemoteError)
         return _fail(str(error), 2 if is_users else 3 if is_remote else 1)
     except KeyboardInterrupt:

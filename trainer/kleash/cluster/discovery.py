@@ -73,21 +73,30 @@ def by_endpoint_slices(address: str, api: Any | None = None) -> Discover:
     namespace = rest.partition(".")[0] or own_namespace()
 
     def discover(stopping: threading.Event) -> Iterator[frozenset[str]]:
-        try:
-            slices = _Slices(api or open_api(), service, namespace, port)
-            yield slices.list()
-        except (ConfigError, *_api_errors()) as error:
-            logger.warning(
-                "EndpointSlices of %s/%s cannot be read (%s); looking up %s instead",
-                namespace,
-                service,
-                _reason(error),
-                host,
-                extra={"event": "DiscoveryFellBack"},
-            )
-            yield from by_dns(address)(stopping)
-            return
-        yield from slices.watch(stopping)
+        looked_up = by_dns(address)(stopping)
+        told = ""
+        while not stopping.is_set():
+            try:
+                slices = _Slices(api or open_api(), service, namespace, port)
+                yield slices.list()
+                yield from slices.watch(stopping)
+                return
+            except (ConfigError, *_api_errors()) as error:
+                if _reason(error) != told:
+                    told = _reason(error)
+                    logger.warning(
+                        "EndpointSlices of %s/%s cannot be read (%s); looking up %s instead",
+                        namespace,
+                        service,
+                        told,
+                        host,
+                        extra={"event": "DiscoveryFellBack"},
+                    )
+                # Missing rights stay missing; an API that is away comes back.
+                if isinstance(error, ConfigError) or getattr(error, "status", 0) in (401, 403):
+                    yield from looked_up
+                    return
+                yield next(looked_up, frozenset())
 
     return discover
 

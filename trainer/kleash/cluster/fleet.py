@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from kleash.client.policy import PolicyClient
 from kleash.client.weights import WeightsClient
-from kleash.cluster.discovery import Discover, by_dns, by_endpoint_slices
+from kleash.cluster.discovery import RETRY_S, Discover, by_dns, by_endpoint_slices
 from kleash.ppo.config import ServicesConfig
 from kleash.ppo.services import Policy, Services, open_policy, open_scorers, wait_for_scorers
 from kleash.rpc.errors import ServiceError, Unavailable
@@ -117,16 +117,18 @@ class ElasticFleet:
                 self._changed.wait(PAUSE_S)
 
     def _follow(self) -> None:
-        try:
-            for found in self._discover(self._stopping):
-                if self._stopping.is_set():
-                    return
-                if found != self._found:
-                    with self._changed:
-                        self._found = found
-                        self._changed.notify_all()
-        except Exception:  # a run must not go on with replicas that nobody follows any more
-            logger.exception("discovery of policy replicas has ended; the known ones stay")
+        while not self._stopping.is_set():
+            try:
+                for found in self._discover(self._stopping):
+                    if self._stopping.is_set():
+                        return
+                    if found != self._found:
+                        with self._changed:
+                            self._found = found
+                            self._changed.notify_all()
+            except Exception:  # replicas must be followed as long as the run lives
+                logger.exception("discovery of policy replicas has failed; beginning again")
+            self._stopping.wait(RETRY_S)
 
     def _admit(self) -> None:
         probes: dict[str, Future[bool]] = {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import secrets
 import socket
 import threading
 import time
@@ -76,6 +77,12 @@ class FleetLease:
             notes = {**(self._lease.metadata.annotations or {}), RUN: run_id, FENCE: str(fence)}
             self._lease.metadata.annotations = notes
             self._renew()
+            if self._problem:
+                raise Unavailable(
+                    f"the fence was not written on the lease {self._name} ({self._problem}); "
+                    "nothing is published until it is.",
+                    reason="LEASE_NOT_RENEWED",
+                )
         self.check()
 
     def check(self) -> None:
@@ -189,7 +196,8 @@ class FleetLease:
         )
 
     def _keep(self) -> None:
-        while not self._stopping.wait(RENEW_S):
+        # After a failure sooner: two attempts that hang must not use up the lease's time.
+        while not self._stopping.wait(min(RENEW_S, 1.0) if self._problem else RENEW_S):
             with self._lock:
                 self._renew()
             if self._lost_to:
@@ -201,17 +209,17 @@ class FleetLease:
             self._replace()
         except self._models.ApiException as error:
             self._problem = f"{error.status} {error.reason}"
-            if error.status == 409:
+            if error.status in (404, 409):
                 self._look_again()
         except _connection_errors() as error:
             self._problem = " ".join(str(error).split())[:200]
 
     def _look_again(self) -> None:
-        """Somebody wrote to it: another holder, or hands that changed something else."""
+        """Somebody wrote to it: another holder, or hands that changed something or deleted it."""
         with contextlib.suppress(self._models.ApiException, *_connection_errors()):
             lease = self._read()
-            if lease.spec.holder_identity != self._identity:
-                self._lost_to = lease.spec.holder_identity or "nobody"
+            if lease.spec.holder_identity not in ("", None, self._identity):
+                self._lost_to = lease.spec.holder_identity
                 logger.error(
                     "the lease %s is held by %s now",
                     self._name,
@@ -223,6 +231,8 @@ class FleetLease:
                 **(lease.metadata.annotations or {}),
                 **(self._lease.metadata.annotations or {}),
             }
+            # One without a holder was deleted, and made again by this look.
+            lease.spec.holder_identity = self._identity
             self._lease = lease
             self._replace()
 
@@ -260,7 +270,8 @@ def hold_lease(config: PPOConfig, is_abandoned: Callable[[], bool]) -> Iterator[
         own_namespace(),
         config.publish.lease,
         run=config.run_id or config.out.resolve().name,
-        holder=pod.name if pod else socket.gethostname(),
+        # A container that starts again in its pod is the same holder; elsewhere a process is.
+        holder=pod.name if pod else f"{socket.gethostname()}-{secrets.token_hex(4)}",
     )
     try:
         lease.acquire(config.services.wait_s, is_abandoned)

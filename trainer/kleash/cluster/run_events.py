@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 
-from kleash.cluster.connection import ClusterError
+from kleash.cluster.connection import ClusterError, UnreachableError
 from kleash.cluster.objects import CONFIG_MAP, Objects
 from kleash.cluster.run_record import RunRecord
 from kleash.cluster.stages import RUN_LABEL
@@ -55,5 +55,5 @@ def emit(
     }
     try:
         objects.create(event)
-    except ClusterError as error:
+    except (ClusterError, UnreachableError) as error:
         logger.warning("the Event %s was not written: %s", reason, error)

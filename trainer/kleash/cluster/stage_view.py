@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kleash.cluster.connection import ClusterError, ForbiddenError
+from kleash.cluster.connection import ClusterError, ForbiddenError, UnreachableError
 from kleash.cluster.diagnosis import (
     KUEUE_LABEL,
     Reason,
@@ -129,7 +129,7 @@ def read_tail(objects: Objects, pod: Manifest, container: str, *, previous: bool
     """The last lines of a log; "" when it cannot be had, as when the node is gone."""
     try:
         return objects.log(name_of(pod), container, tail_lines=LOG_TAIL_LINES, previous=previous)
-    except ClusterError:
+    except (ClusterError, UnreachableError):
         return ""
 
 
@@ -226,7 +226,7 @@ def _progress(objects: Objects, pods: Sequence[Manifest]) -> StageProgress | Non
         if "running" in (statuses.get(main, {}).get("state") or {}):
             try:
                 log = objects.log(name_of(pod), main, tail_lines=LINES_TO_READ)
-            except ClusterError:
+            except (ClusterError, UnreachableError):
                 return None
             return read_progress(log)
     return None

@@ -12,6 +12,7 @@ from kleash.base.progress import Progress
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.lease import no_lease
 from kleash.ppo.report import PPOReport
+from kleash.ppo.run import StoppedError
 from kleash.ppo.run import run as run_trainer
 from kleash.ppo.services import connect
 
@@ -35,6 +36,8 @@ def run(config: PPOConfig, progress: Progress) -> PPOReport:
                 open_services=connect_elastic if is_elastic else connect,
                 hold_lease=hold_lease if has_lease else no_lease,
             )
+        except StoppedError:
+            raise
         except Exception as error:
             logger.error("the run has failed: %s", error, extra={"event": "TrainingFailed"})
             raise

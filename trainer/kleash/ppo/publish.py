@@ -136,7 +136,9 @@ class Publisher:
         self._run_id = run_id
         self._fence = fence
         self._canary = canary
-        self._coordinator = Coordinator(replicas, store, store_address, _settings(config))
+        self._coordinator = Coordinator(
+            replicas, store, store_address, _settings(config), may_publish
+        )
         self._may_publish = may_publish
         self._shadow: Shadow | None = None
         self._base = (0, "")

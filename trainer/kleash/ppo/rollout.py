@@ -34,7 +34,7 @@ from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.rows import Row, number_rows, requests_of, shares_of
 from kleash.ppo.scoring import Finished, Group, RolloutError, Scoring
 from kleash.ppo.services import Policy, Services
-from kleash.rpc.errors import Overloaded, PreconditionFailed, ServiceError, Unavailable
+from kleash.rpc.errors import ServiceError, Unavailable
 
 SCORING_THREADS = 4
 """Two calls under way for each scoring service: one computes while the next is decoded."""
@@ -109,9 +109,7 @@ class Collector:
         self._check_abandoned()
         start = time.monotonic()
         rows = number_rows(prompts)
-        replicas = self._replicas or list(self.services.policies)
-        if not replicas:
-            raise Unavailable("no policy replica is there.", reason="NO_REPLICA")
+        replicas = self._present_replicas()
         shares = shares_of(rows, len(replicas))
         drawing = ThreadPoolExecutor(len(shares), "generate")
         scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
@@ -141,6 +139,15 @@ class Collector:
             score_s=time.monotonic() - generated,
             reward_revision=self.reward_revision,
         )
+
+    def _present_replicas(self) -> list[int]:
+        """Those that serve the newest version, or any where these have left; at least one."""
+        patience = Patience(self.config.services.wait_s, self.is_abandoned)
+        while True:
+            there = list(self.services.policies)
+            if replicas := [it for it in self._replicas if it in there] or there:
+                return replicas
+            patience.wait_after(Unavailable("no policy replica is there.", reason="NO_REPLICA"))
 
     def _wait(self, futures: Sequence[Future]) -> None:
         """Until all are done; raises the first error at once, and when the run is to stop."""
@@ -242,19 +249,25 @@ class _Task:
                         elif row := missing.pop(key, None):
                             patience.start_again()
                             yield row, generated
-            except (Unavailable, Overloaded, PreconditionFailed) as error:
-                if isinstance(error, PreconditionFailed) and error.reason != "WEIGHTS_TOO_OLD":
+            except ServiceError as error:
+                if not is_curable(error) and error.reason != "WEIGHTS_TOO_OLD":
                     raise
                 patience.wait_after(error)
                 if self._config.quorum is not None:
-                    index = (index + 1) % len(self._replicas)
-                    replica = self._replicas[index]
+                    replica = self._after(replica)
                 continue
             if len(missing) > num_aborted:
                 raise RolloutError(
                     f"policy replica {replica} ended its stream without {len(missing)} of "
                     f"{len(rows)} responses."
                 )
+
+    def _after(self, replica: int) -> int:
+        """The next replica in turn of those that are there now."""
+        there = sorted(self._services.policies)
+        return next(
+            (number for number in there if number > replica), there[0] if there else replica
+        )
 
     def _policy(self, replica: int) -> Policy:
         policy = self._services.policies.get(replica)

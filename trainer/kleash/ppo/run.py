@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+from kleash.base.errors import KleashError
 from kleash.base.progress import Progress
 from kleash.ppo.config import PPOConfig, ServicesConfig
 from kleash.ppo.control import Control, RunState
@@ -17,12 +18,21 @@ from kleash.ppo.report import PPOReport
 from kleash.ppo.service import TrainerService
 from kleash.ppo.services import Services, connect
 from kleash.ppo.train import train
+from kleash.rpc.errors import ServiceError
 from kleash.rpc.server import BackgroundServer
 
 logger = logging.getLogger(__name__)
 
 OpenServices = Callable[[ServicesConfig, Callable[[], bool]], AbstractContextManager[Services]]
 """Waits for the services of a configuration until the function says that nobody needs them."""
+
+
+class StoppedError(KleashError):
+    """A signal ended the run before its first step."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} before the first step.")
+        self.signal_number = signal_number
 
 
 def run(
@@ -47,6 +57,13 @@ def run(
                 open_services(config.services, control.is_abandoned) as services,
             ):
                 return train(config, services, control=control, progress=progress, lease=lease)
+        except ServiceError as error:
+            if not control.signal_number:
+                control.end(RunState.FAILED, str(error))
+                raise
+            # Told to stop while it waited for something: nothing has failed, nothing is lost.
+            control.end(RunState.STOPPING)
+            raise StoppedError(control.signal_number) from None
         except BaseException as error:
             control.end(RunState.FAILED, str(error) or type(error).__name__)
             raise

@@ -20,10 +20,10 @@ from kleash.client.calls import ItemError
 from kleash.client.types import GeneratedSequence
 from kleash.lm.sequences import TokenSequence
 from kleash.ppo.config import PPOConfig
-from kleash.ppo.patience import Patience
+from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.rows import Row
 from kleash.ppo.services import Services
-from kleash.rpc.errors import Overloaded, PreconditionFailed, Unavailable
+from kleash.rpc.errors import PreconditionFailed, ServiceError
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ class Scoring:
             try:
                 revision = self.services.reference.get_model().model.revision
                 break
-            except Unavailable as error:
+            except ServiceError as error:
+                if not is_curable(error):
+                    raise
                 patience.wait_after(error)
         if revision != self.reference_revision:
             raise RolloutError(
@@ -99,17 +101,23 @@ class Scoring:
         Blocks. Returns the revision. Replicas of two models answer while one is rolled out.
         """
         patience = Patience(self.config.services.wait_s, self.is_over.is_set)
+        num_left = len(groups)
         while len(revisions := {group.scores.result().revision for group in groups}) > 1:
+            # The new one: replicas of the old one are on their way out.
+            wanted = max(revisions - {self.reward_revision})
+            others = [group for group in groups if group.scores.result().revision != wanted]
+            if len(others) < num_left:
+                num_left = len(others)
+                patience.start_again()
             patience.wait_after(
                 PreconditionFailed(
-                    f"{len(revisions)} reward models scored this step ({', '.join(revisions)}).",
+                    f"{len(revisions)} reward models scored this step ({', '.join(revisions)}); "
+                    "is the roll-out stuck?",
                     reason=REVISION_CHANGED,
                 )
             )
-            wanted = self.services.reward.get_model().model.revision
-            for group in groups:
-                if group.scores.result().revision != wanted:
-                    group.scores = self.pool.submit(self._retry, self._score, group.rows)
+            for group in others:
+                group.scores = self.pool.submit(self._retry, self._score, group.rows)
         return revisions.pop() if revisions else self.reward_revision
 
     def _score(self, sequences: list[TokenSequence]) -> Scored:
@@ -147,21 +155,19 @@ class Scoring:
         while True:
             try:
                 answers = function([sequence for _, _, sequence in rows])
-            except (Unavailable, Overloaded) as error:
-                patience.wait_after(error)
-                continue
-            except PreconditionFailed as error:
-                may_adopt = self.config.services.new_reward_model == "adopt"
-                if error.reason != REVISION_CHANGED or not may_adopt:
-                    raise
-                patience.wait_after(error)
-                continue
             except ItemError as error:
                 prompt_id = rows[error.index][0].record.prompt_id
                 raise RolloutError(
                     f"the response to prompt {prompt_id!r} was not scored ({error.code}): "
                     f"{error.cause}"
                 ) from None
+            except ServiceError as error:
+                may_adopt = self.config.services.new_reward_model == "adopt"
+                is_mixed = error.reason == REVISION_CHANGED and may_adopt
+                if not is_mixed and not is_curable(error):
+                    raise
+                patience.wait_after(error)
+                continue
             if len(answers) != len(rows):
                 raise RolloutError(
                     f"{len(rows)} sequences were sent to be scored, {len(answers)} came back."

@@ -49,8 +49,8 @@ def _run_in_process(config: UpConfig, progress: Progress) -> int:
     from kleash.ppo.run import run as run_trainer
     from kleash.up.local import local_services
 
-    run_trainer(config.ppo, progress, open_services=lambda *_: local_services(config))
-    return 0
+    report = run_trainer(config.ppo, progress, open_services=lambda *_: local_services(config))
+    return 128 + report.signal_number if report.signal_number else 0
 
 
 @contextlib.contextmanager
