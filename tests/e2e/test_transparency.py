@@ -46,7 +46,7 @@ class Recorder:
     def recording(self) -> Services:
         return replace(
             self.services,
-            policies=[self],
+            policies={0: self},
             reward=_Of(self, self.services.reward, "score_tokens"),
             reference=_Of(self, self.services.reference, "log_probs"),
         )

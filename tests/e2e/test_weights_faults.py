@@ -358,7 +358,7 @@ def test_a_run_loses_a_replica_and_gets_another(
                 "a replica that has caught up",
             )
         trainer.wait_for_steps(len(Cluster.steps(config.out)) + 2)
-        assert trainer.end(signal.SIGTERM) == 0, trainer.log.read_text()
+        assert trainer.end(signal.SIGTERM) == 128 + signal.SIGTERM, trainer.log.read_text()
         steps = [row["step"] for row in Cluster.steps(config.out)]
         assert steps == list(range(1, len(steps) + 1))
         log = read_log(config.out / "weights")

@@ -252,12 +252,13 @@ def test_a_pod_may_drain_before_it_is_killed(objects: list[Object]) -> None:
         if not pod.is_server:
             continue
         server = _drain(objects, pod)
-        needed = server["drain_delay_s"] + server["drain_grace_s"]
+        waits = server["drain_announce_s"] + server["drain_delay_s"]
+        needed = waits + server["drain_grace_s"]
         assert pod.spec["terminationGracePeriodSeconds"] > needed, pod.name
         assert server["drain_grace_s"] >= server["max_request_s"], (
             f"{pod.name} breaks off calls that are within their deadline"
         )
-        assert server["drain_delay_s"] >= 5, f"{pod.name} leaves balancers no time"
+        assert server["drain_announce_s"] >= 5, f"{pod.name} leaves balancers no time"
 
 
 def test_a_rollout_waits_for_the_start_of_a_model(objects: list[Object]) -> None:

@@ -40,6 +40,9 @@ MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
 
 X = TypeVar("X")
 
+REMAKE_PAUSE_S = 0.5
+"""Before the second attempt to make a decoder after a failure."""
+
 
 class DecodeLoop:
     """Decodes what is submitted; every public method may be called from any thread."""
@@ -363,7 +366,13 @@ class DecodeLoop:
         generation.open.clear()
 
     def _new_decoder(self) -> Decoder:
-        decoder = self._make_decoder()
+        """Made and warmed up; what just failed may fail once more, and then the thread dies."""
+        try:
+            decoder = self._make_decoder()
+        except Exception:
+            logger.exception("no new decoder could be made; trying once more")
+            time.sleep(REMAKE_PAUSE_S)
+            decoder = self._make_decoder()
         decoder.weights_version = self.decoder.weights_version
         return decoder
 
