@@ -44,6 +44,11 @@ def test_a_printed_command_is_one_that_works(page: str, command: str, tmp_path: 
     match words[0]:
         case "helm":
             check_helm(words)
+        case "sed":
+            script, path, *rest = words[1:]
+            done = subprocess.run(["sed", script, ROOT / path], capture_output=True, check=True)
+            assert done.stdout != (ROOT / path).read_bytes(), "it changes nothing"
+            assert rest == ["|", "kubectl", "apply", "--filename", "-"]
         case "kubectl":
             check_kubectl(words)
         case "kleash":
@@ -71,7 +76,11 @@ def check_helm(words: list[str]) -> None:
         ]
         assert [its["kind"] for its in hooks] == ["Pod"]
         return
-    rest = [word for word in words[2:] if word not in ("--reuse-values", "--create-namespace")]
+    rest = [
+        word
+        for word in words[2:]
+        if word not in ("--reset-then-reuse-values", "--create-namespace")
+    ]
     done = run(helm, "template", *rest)
     assert done.returncode == 0, done.stderr
     assert load_objects(done.stdout)

@@ -27,7 +27,7 @@ volume is attached to one node. Takes root, component.
 {{- $affinity := deepCopy (default dict $values.affinity) -}}
 {{- if include "kleash.needsSameNode" . -}}
 {{- /* The pods carry the label that the rule asks for: the first one satisfies it by itself. */ -}}
-{{- $labels := dict "kleash.dev/claim" (include "kleash.runsClaim" .root) -}}
+{{- $labels := dict "kleash.dev/claim" (include "kleash.claimLabel" .root) -}}
 {{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels) -}}
 {{- $pods := default dict $affinity.podAffinity -}}
 {{- $terms := default list $pods.requiredDuringSchedulingIgnoredDuringExecution -}}

@@ -22,6 +22,7 @@ from kleash.base.durable import write_whole
 from kleash.base.errors import ConfigError
 from kleash.base.lock_file import HeldError, take_lock
 from kleash.ppo.config import PPOConfig
+from kleash.rpc.errors import Unavailable
 
 LOCK_NAME = "trainer.lock"
 
@@ -110,16 +111,23 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
+def open_run_folder(path: Path, *, resume: bool, has_lease: bool = False) -> Iterator[RunFolder]:
     """Create the folder if need be and lock it; a start that wrote nothing leaves nothing behind.
 
-    Raises ConfigError when another trainer lives there, or there is a run and ``resume`` is off.
+    Raises ConfigError when another trainer lives there, or there is a run and ``resume`` is off;
+    Unavailable for the former with a lease: that trainer has lost it, and is on its way out.
     """
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
         lock = take_lock(path / LOCK_NAME)
     except HeldError as error:
+        if has_lease:
+            raise Unavailable(
+                f"the trainer before has lost its lease and still works in {path} "
+                f"({error.holder}); this run goes on when it is gone.",
+                reason="RUN_FOLDER_HELD",
+            ) from None
         raise ConfigError(
             f"a trainer works in {path} already ({error.holder}); stop it, or choose another --out."
         ) from None

@@ -186,7 +186,9 @@ def open_session(
     Raises UserError, with nothing written, when something does not fit.
     """
     with (
-        open_run_folder(config.out, resume=config.resume) as folder,
+        open_run_folder(
+            config.out, resume=config.resume, has_lease=config.publish.lease is not None
+        ) as folder,
         contextlib.ExitStack() as stack,
     ):
         session = _prepare(config, services, control, lease=lease, folder=folder, stack=stack)
