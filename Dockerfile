@@ -100,17 +100,29 @@ COPY --from=torch /layer /
 COPY --from=dependencies /layer /
 
 # ---- An environment for vLLM, `--target vllm`: vLLM pins torch and transformers to versions of its
-# own, CUDA builds, so that they cannot stand in the image above. It holds vLLM and Kleash's client
+# own, CUDA builds, so that they cannot stand in the image below. It holds vLLM and Kleash's client
 # and services side by side. No engine of Kleash drives vLLM yet: `kleash serve policy` in it
-# generates with the same torch engine as everywhere.
+# generates with the same torch engine as everywhere. vLLM compiles kernels when it starts: this
+# image, and no other, keeps a compiler, headers and setuptools.
 FROM python AS vllm-environment
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     python3 requirements.py project vllm,k8s >project.txt \
-    && sh install.sh --requirement project.txt
+    && KLEASH_KEEP=1 sh install.sh --requirement project.txt
 
-FROM system AS vllm
+FROM system AS vllm-system
+USER 0
+# The version is the base image's to choose.
+# hadolint ignore=DL3008
+RUN include=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+    && if [ -e "${include}/Python.h" ]; then headers=; else headers=python3-dev; fi \
+    && apt-get update \
+    && apt-get install --yes --no-install-recommends g++ ${headers:+"${headers}"} \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:0
+
+FROM vllm-system AS vllm
 COPY --from=vllm-environment /layer /
 COPY --from=project /layer /
 LABEL org.opencontainers.image.title="kleash-vllm" \

@@ -19,7 +19,11 @@ export BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}"
 
 # A volume leaves its empty mount point in each layer that is made while it is there. First the one
 # stage of the image that runs commands, without volumes; below it comes from the cache.
-buildah build --layers "$@" --target system .
+case " $* " in
+*" vllm "* | *"=vllm "*) system=vllm-system ;;
+*) system=system ;;
+esac
+buildah build --layers "$@" --target "$system" .
 
 case " $* " in
 *" --target"*) ;;

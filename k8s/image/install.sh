@@ -11,12 +11,15 @@ modules=$(mktemp)
 /opt/pip/bin/pip --python "$environment/bin/python" install --no-compile "$@"
 
 # torch requires setuptools to build extensions; nothing is built in the image, so that it, headers,
-# and the tests that wheels carry (a tenth of the image) stay out.
+# and the tests that wheels carry (a sixth of the image) stay out. KLEASH_KEEP=1 keeps them.
 site=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-cd "$site"
-rm -rf setuptools setuptools-*.dist-info pkg_resources _distutils_hack distutils-precedence.pth \
-    torch/include torch/share torch/test torch/bin/protoc* torch/bin/test_* torch/bin/*Test
-find . -newer "$started" -type d -name tests -prune -exec rm -rf {} +
+if [ -z "${KLEASH_KEEP:-}" ]; then
+    cd "$site"
+    rm -rf setuptools setuptools-*.dist-info pkg_resources _distutils_hack \
+        distutils-precedence.pth torch/include torch/share torch/test \
+        torch/bin/protoc* torch/bin/test_* torch/bin/*Test
+    find . -newer "$started" -type d -name tests -prune -exec rm -rf {} +
+fi
 
 find "$environment" -newer "$started" -type f -name '*.py' >"$modules"
 # Packages carry a few templates that are no Python, named .py: compileall reports them and goes on.

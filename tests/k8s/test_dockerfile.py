@@ -94,7 +94,8 @@ def test_every_stage_comes_from_the_base_image_or_from_another_stage() -> None:
         "system": "${BASE_IMAGE}",
         "runtime": "system",
         "vllm-environment": "python",
-        "vllm": "system",
+        "vllm-system": "system",
+        "vllm": "vllm-system",
         "kleash": "runtime",
     }
     assert list(bases)[-1] == "kleash"  # what a build without a target makes
