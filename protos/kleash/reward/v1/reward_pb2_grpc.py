@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RewardServiceStub(object):
-    """RewardService scores text or token sequences with the loaded reward model.
+    """RewardService scores text or token sequences with a reward model. A server
+    may serve several models by name; a request that names none gets the default.
     """
 
     def __init__(self, channel):
@@ -60,10 +61,16 @@ class RewardServiceStub(object):
                 request_serializer=kleash_dot_reward_dot_v1_dot_reward__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=kleash_dot_reward_dot_v1_dot_reward__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/kleash.reward.v1.RewardService/ListModels',
+                request_serializer=kleash_dot_reward_dot_v1_dot_reward__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=kleash_dot_reward_dot_v1_dot_reward__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
 
 
 class RewardServiceServicer(object):
-    """RewardService scores text or token sequences with the loaded reward model.
+    """RewardService scores text or token sequences with a reward model. A server
+    may serve several models by name; a request that names none gets the default.
     """
 
     def Score(self, request, context):
@@ -75,6 +82,7 @@ class RewardServiceServicer(object):
 
     def ScoreStream(self, request_iterator, context):
         """ScoreStream scores an unbounded sequence; responses may arrive out of order.
+        The first message names the model and the options.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,7 +103,14 @@ class RewardServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """GetModel describes the loaded model and the limits that the server enforces.
+        """GetModel describes a served model and the limits that the server enforces.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """ListModels names the served models, the default one first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +144,11 @@ def add_RewardServiceServicer_to_server(servicer, server):
                     request_deserializer=kleash_dot_reward_dot_v1_dot_reward__pb2.GetModelRequest.FromString,
                     response_serializer=kleash_dot_reward_dot_v1_dot_reward__pb2.GetModelResponse.SerializeToString,
             ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=kleash_dot_reward_dot_v1_dot_reward__pb2.ListModelsRequest.FromString,
+                    response_serializer=kleash_dot_reward_dot_v1_dot_reward__pb2.ListModelsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'kleash.reward.v1.RewardService', rpc_method_handlers)
@@ -138,7 +158,8 @@ def add_RewardServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RewardService(object):
-    """RewardService scores text or token sequences with the loaded reward model.
+    """RewardService scores text or token sequences with a reward model. A server
+    may serve several models by name; a request that names none gets the default.
     """
 
     @staticmethod
@@ -266,6 +287,33 @@ class RewardService(object):
             '/kleash.reward.v1.RewardService/GetModel',
             kleash_dot_reward_dot_v1_dot_reward__pb2.GetModelRequest.SerializeToString,
             kleash_dot_reward_dot_v1_dot_reward__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.reward.v1.RewardService/ListModels',
+            kleash_dot_reward_dot_v1_dot_reward__pb2.ListModelsRequest.SerializeToString,
+            kleash_dot_reward_dot_v1_dot_reward__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,
