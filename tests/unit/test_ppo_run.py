@@ -48,7 +48,8 @@ class Run:
 @pytest.fixture(scope="module")
 def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
     services, out = world.services(), tmp_path_factory.mktemp("runs") / "run"
-    models = [world.reward._scorer.frozen.model, world.reference._scorer.frozen.model]
+    reward: Any = world.reward.model
+    models = [reward.frozen.model, world.reference._scorer.frozen.model]
     before = [model_digest(model) for model in models]
     report = train(world.config(out), services)
     return Run(out, report, services, before, [model_digest(model) for model in models])

@@ -17,10 +17,10 @@ from kleash.lm.frozen import warm_up_lengths
 from kleash.lm.heads import reward_model_from_causal_lm
 from kleash.lm.load import load_causal_lm, load_tokenizer, save_checkpoint_folder
 from kleash.lm.sequences import TokenSequence
+from kleash.reward.classifier import ClassifierModel
 from kleash.reward.config import RewardConfig
 from kleash.reward.inputs import InputEncoder, InputError
 from kleash.reward.local import LocalReward
-from kleash.reward.scorer import RewardScorer
 from kleash.rpc.requests import Limits
 
 pytestmark = pytest.mark.unit
@@ -189,9 +189,9 @@ def test_model_that_sees_later_tokens_is_refused(
     tiny_reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right padding would change the scores of a bidirectional model."""
-    import kleash.reward.scorer
+    import kleash.reward.classifier
 
-    load = kleash.reward.scorer.load_sequence_classifier
+    load = kleash.reward.classifier.load_sequence_classifier
 
     def load_bidirectional(*args: Any, **options: Any) -> Any:
         model = load(*args, **options)
@@ -199,9 +199,9 @@ def test_model_that_sees_later_tokens_is_refused(
             layer.self_attn.is_causal = False
         return model
 
-    monkeypatch.setattr(kleash.reward.scorer, "load_sequence_classifier", load_bidirectional)
+    monkeypatch.setattr(kleash.reward.classifier, "load_sequence_classifier", load_bidirectional)
     with pytest.raises(ModelError, match="lets tokens see later ones"):
-        RewardScorer.load(RewardConfig(model=tiny_reward_folder), Limits())
+        ClassifierModel.load(RewardConfig(model=tiny_reward_folder).frozen(), Limits())
 
 
 def test_pad_token_can_be_named(tiny_folder: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -231,7 +231,7 @@ def test_warm_up_on_a_gpu_is_the_largest_batch() -> None:
 
 
 def test_frozen_means_no_gradients(tiny_reward_folder: Path) -> None:
-    scorer = RewardScorer.load(RewardConfig(model=tiny_reward_folder), Limits())
-    assert not any(parameter.requires_grad for parameter in scorer.frozen.model.parameters())
-    assert not scorer.frozen.model.training
-    assert isinstance(scorer.frozen.device, torch.device)
+    model = ClassifierModel.load(RewardConfig(model=tiny_reward_folder).frozen(), Limits())
+    assert not any(parameter.requires_grad for parameter in model.frozen.model.parameters())
+    assert not model.frozen.model.training
+    assert isinstance(model.frozen.device, torch.device)

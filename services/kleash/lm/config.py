@@ -13,11 +13,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 """Data types of weights that the services compute in."""
 
 
-class FrozenModelConfig(Config):
-    """Which model a scoring service serves, and where it computes."""
+class PlacedModelConfig(Config):
+    """How a model is read and where it computes."""
 
-    model: Path
-    """Model folder in Hugging Face form, with safetensors weights."""
     name: str = ""
     """Name under which the model is served; empty means the folder's name."""
     dtype: Dtype = "float32"
@@ -30,3 +28,10 @@ class FrozenModelConfig(Config):
     """File with a Jinja chat template to use in place of the tokenizer's."""
     num_threads: int = pydantic.Field(default=0, ge=0)
     """CPU threads of torch in this process; 0 keeps torch's own choice."""
+
+
+class FrozenModelConfig(PlacedModelConfig):
+    """Which model a scoring service serves, and where it computes."""
+
+    model: Path
+    """Model folder in Hugging Face form, with safetensors weights."""

@@ -11,8 +11,10 @@ from typing import Any
 
 from kleash.client.reward import RewardCalls
 from kleash.reward.config import RewardConfig
+from kleash.reward.load import load_models
+from kleash.reward.model import RewardModel
 from kleash.reward.requests import RewardRequests
-from kleash.reward.scorer import RewardScorer
+from kleash.reward.v1 import reward_pb2
 from kleash.rpc.requests import Limits
 from kleash.rpc.work import answer_in_process
 
@@ -20,30 +22,33 @@ from kleash.rpc.work import answer_in_process
 class LocalReward(RewardCalls):
     """A reward model behind the client's methods. Safe to use from several threads."""
 
-    def __init__(self, scorer: RewardScorer, limits: Limits) -> None:
+    def __init__(self, model: RewardModel, limits: Limits) -> None:
         super().__init__(self._answer)
-        self._scorer = scorer
+        self.model = model
         self._max_batch_tokens = limits.max_batch_tokens
-        self._requests = RewardRequests(scorer, limits)
+        self._requests = RewardRequests(model, limits)
         self._model_is_free = threading.Lock()
 
     @staticmethod
     def load(config: RewardConfig) -> LocalReward:
-        """Load the model that a service with this configuration would serve."""
-        return LocalReward(RewardScorer.load(config, config.limits), config.limits)
+        """Load the default model of a service with this configuration."""
+        return LocalReward(load_models(config)[config.default_name], config.limits)
 
     def close(self) -> None:
-        """Nothing to close; clients have this."""
+        """Give back what the model holds."""
+        self.model.close()
 
     def _answer(self, method: str, request: Any) -> Any:
         if method == "GetModel":
             return self._requests.get_model()
+        if method == "ListModels":
+            return reward_pb2.ListModelsResponse(models=[self._requests.served])
         if method == "CountTokens":
             return self._requests.count_tokens(request)
         begin = {"Score": self._requests.score, "Compare": self._requests.compare}[method]
         with self._model_is_free:
             return answer_in_process(
                 lambda: begin(request),
-                self._scorer.compute,
+                self.model.compute,
                 max_batch_tokens=self._max_batch_tokens,
             )

@@ -1,4 +1,4 @@
-"""The calls of the reward service without gRPC: a request in, a response out.
+"""The calls of the reward service for one model, without gRPC: a request in, a response out.
 
 Score, Compare and the items of a stream go through the model between begin and finish, see
 kleash.rpc.work.
@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from kleash.base.version import software_version
 from kleash.common.v1 import common_pb2
-from kleash.reward.items import ITEM_PLACE, complete, encode_items, prepare
-from kleash.reward.scorer import RawScore, RewardScorer, ScoreJob
+from kleash.reward.items import ITEM_PLACE, complete, prepare
+from kleash.reward.model import RawScore, RewardModel, ScoreJob
 from kleash.reward.v1 import reward_pb2
 from kleash.rpc.errors import InvalidRequest
-from kleash.rpc.requests import Limits, check_model, check_size
+from kleash.rpc.requests import Limits, check_size
 from kleash.rpc.work import Work
 
 A = TypeVar("A")
@@ -27,18 +27,15 @@ Results = list[reward_pb2.ScoreResult]
 class RewardRequests:
     """Checks requests, makes rows of them, and makes responses of the scores. Thread-safe."""
 
-    def __init__(self, scorer: RewardScorer, limits: Limits) -> None:
-        self._scorer = scorer
+    def __init__(self, model: RewardModel, limits: Limits) -> None:
+        self._model = model
         self._limits = limits
-        self.served = common_pb2.ServedModel(
-            name=scorer.frozen.name, revision=scorer.frozen.revision
-        )
+        self.served = model.served
 
     def score(
         self, request: reward_pb2.ScoreRequest
     ) -> Work[ScoreJob, RawScore, reward_pb2.ScoreResponse]:
         """Begin a Score."""
-        check_model(request.model, request.revision, served=self.served)
         check_size(request, len(request.items), self._limits, field="items")
 
         def respond(
@@ -64,7 +61,6 @@ class RewardRequests:
         self, request: reward_pb2.CompareRequest
     ) -> Work[ScoreJob, RawScore, reward_pb2.CompareResponse]:
         """Begin a Compare."""
-        check_model(request.model, "", served=self.served)
         check_size(request, len(request.responses), self._limits, field="responses")
         if len(request.responses) < 2:
             raise InvalidRequest(
@@ -96,26 +92,32 @@ class RewardRequests:
         """
         check_size(request, len(request.items), self._limits, field="items")
         counts = []
-        for index, ids in enumerate(encode_items(self._scorer, request.items)):
-            if isinstance(ids, tuple):
+        for index, count in enumerate(self._model.count_tokens(request.items, ITEM_PLACE)):
+            if isinstance(count, tuple):
                 place = ITEM_PLACE.format(index)
-                raise InvalidRequest(f"{place}: {ids[1]}", field=place)
-            counts.append(len(ids))
-        return reward_pb2.CountTokensResponse(token_counts=counts)
+                raise InvalidRequest(f"{place}: {count[1]}", field=place)
+            counts.append(count)
+        return reward_pb2.CountTokensResponse(token_counts=counts, model=self.served)
 
     def get_model(self) -> reward_pb2.GetModelResponse:
         """Describe the model."""
-        frozen, normalization = self._scorer.frozen, self._scorer.normalization
+        facts = self._model.facts
         return reward_pb2.GetModelResponse(
             model=self.served,
-            tokenizer_sha256=frozen.tokenizer_sha256,
-            chat_template_sha256=frozen.chat_template_sha256,
-            dtype=frozen.dtype,
-            normalization_mean=normalization.mean,
-            normalization_std=normalization.std,
-            supports_token_scores=True,
-            limits=self._limits.to_message(frozen.max_item_tokens),
+            tokenizer_sha256=facts.tokenizer_sha256,
+            chat_template_sha256=facts.chat_template_sha256,
+            dtype=facts.dtype,
+            normalization_mean=facts.normalization.mean,
+            normalization_std=facts.normalization.std,
+            supports_token_scores=facts.supports_token_scores,
+            limits=self._limits.to_message(facts.max_item_tokens),
             server_version=software_version(),
+            kind=facts.kind,
+            components=[
+                reward_pb2.Component(name=each.name, weight=each.weight, revision=each.revision)
+                for each in facts.components
+            ],
+            batch_tolerance=facts.batch_tolerance,
         )
 
     def _begin(
@@ -126,11 +128,11 @@ class RewardRequests:
         *,
         place: str = ITEM_PLACE,
     ) -> Work[ScoreJob, RawScore, A]:
-        prepared = prepare(self._scorer, items, options, place)
-        lengths = [len(job.ids) for job in prepared.jobs]
+        prepared = prepare(self._model, items, options, place)
+        lengths = [job.num_tokens for job in prepared.jobs]
 
         def finish(raw_scores: list[RawScore], usage: common_pb2.Usage) -> A:
-            results = complete(prepared, raw_scores, self._scorer.normalization)
+            results = complete(prepared, raw_scores, self._model)
             return respond(results, dict(zip(prepared.job_items, raw_scores, strict=True)), usage)
 
         return Work(prepared.jobs, lengths, options.isolate, finish)

@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from kleash.lm.frozen import FrozenModel
+from kleash.reward.admin import RewardAdminServicer
 from kleash.reward.config import RewardConfig
-from kleash.reward.requests import RewardRequests
-from kleash.reward.scorer import RawScore, RewardScorer, ScoreJob
+from kleash.reward.load import load_models
 from kleash.reward.servicer import RewardServicer
-from kleash.reward.v1 import reward_pb2_grpc
-from kleash.rpc.batcher import Batcher
-from kleash.rpc.scoring import ScoringService
+from kleash.reward.shelf import ModelShelf
+from kleash.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
+
+# Tokenizers and numpy release the interpreter lock; a second thread keeps a large text from
+# holding up the requests behind it.
+NUM_REQUEST_THREADS = 2
 
 
-class RewardService(ScoringService[ScoreJob, RawScore]):
-    """Loads the reward model and answers kleash.reward.v1.RewardService."""
+class RewardService:
+    """Loads the reward models and answers kleash.reward.v1.RewardService."""
 
-    name = "reward"
-    full_names = ("kleash.reward.v1.RewardService",)
+    full_names = ("kleash.reward.v1.RewardService", "kleash.reward.v1.RewardAdminService")
 
     def __init__(self, config: RewardConfig) -> None:
-        super().__init__(config.limits)
         self._config = config
+        self._threads = ThreadPoolExecutor(NUM_REQUEST_THREADS, "kleash-reward-requests")
+        self._shelf: ModelShelf | None = None
+        self._is_started = False
 
-    def load_model(self) -> FrozenModel:
-        """Load, check and warm up the model. Raises ModelError."""
-        self._scorer = RewardScorer.load(self._config, self._config.limits)
-        return self._scorer.frozen
+    def load(self) -> None:
+        """Load and warm up every model. Blocks. Raises UserError."""
+        self._shelf = ModelShelf(
+            load_models(self._config),
+            self._config.limits,
+            default_name=self._config.default_name,
+            keep_previous_s=self._config.keep_previous_s,
+        )
 
-    def compute(self, jobs: list[ScoreJob]) -> list[RawScore]:
-        """Score one batch."""
-        return self._scorer.compute(jobs)
-
-    def size(self, job: ScoreJob) -> int:
-        """Tokens of one row."""
-        return len(job.ids)
-
-    def add_servicer(
-        self, server: grpc.aio.Server, batcher: Batcher[ScoreJob, RawScore], threads: Executor
-    ) -> None:
-        """Register the servicer."""
-        requests = RewardRequests(self._scorer, self._config.limits)
-        servicer = RewardServicer(requests, batcher, threads)
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the servicers to ``server``; after load."""
+        assert self._shelf is not None, "register() before load()"
+        servicer = RewardServicer(self._shelf, self._threads)
         reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
+        admin = RewardAdminServicer(self._shelf, self._config)
+        admin_pb2_grpc.add_RewardAdminServiceServicer_to_server(admin, server)
+
+    async def start(self) -> None:
+        """Start the queues; after register."""
+        assert self._shelf is not None, "start() before load()"
+        await self._shelf.start()
+        self._is_started = True
+
+    def is_ready(self, full_name: str) -> bool:  # noqa: ARG002
+        """Whether the models are loaded and the queues run."""
+        return self._is_started
+
+    def heartbeat_age_s(self) -> float:
+        """Age of the slowest model's last sign of life; 0 when all are idle."""
+        return self._shelf.heartbeat_age_s() if self._shelf is not None else 0.0
+
+    async def stop(self) -> None:
+        """Finish running work and refuse new work."""
+        self._is_started = False
+        if self._shelf is not None:
+            await self._shelf.stop()
+        self._threads.shutdown(wait=False)

@@ -14,10 +14,9 @@ import grpc
 
 from kleash.base import metrics
 from kleash.client.calls import item_code
-from kleash.reward.requests import RewardRequests
-from kleash.reward.scorer import RawScore, ScoreJob
+from kleash.reward.model import RawScore, ScoreJob
+from kleash.reward.shelf import SERVICE, ModelShelf, ShelvedModel
 from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
-from kleash.rpc.batcher import Batcher
 from kleash.rpc.errors import Overloaded
 from kleash.rpc.work import Work, answer
 
@@ -28,25 +27,22 @@ A = TypeVar("A")
 
 
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
-    """Answers the five calls of kleash.reward.v1.RewardService."""
+    """Answers the calls of kleash.reward.v1.RewardService."""
 
-    def __init__(
-        self, requests: RewardRequests, batcher: Batcher[ScoreJob, RawScore], threads: Executor
-    ) -> None:
+    def __init__(self, shelf: ModelShelf, threads: Executor) -> None:
         """Args:
         threads: where requests are tokenized and responses encoded, off the event loop.
         """
-        self._requests = requests
-        self._batcher = batcher
+        self._shelf = shelf
         self._threads = threads
-        self._model_name = requests.served.name
 
     async def Score(
         self, request: reward_pb2.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.ScoreResponse:
         """Score a batch."""
-        response = await self._answer(lambda: self._requests.score(request))
-        self._record(response.results)
+        model = self._shelf.find(request.model, request.revision)
+        response = await self._answer(model, lambda: model.requests.score(request))
+        _record(model, response.results)
         return response
 
     async def ScoreStream(
@@ -57,14 +53,15 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         """Score items as they come; each result is written as soon as it is there."""
         window = asyncio.Semaphore(STREAM_WINDOW)
         writing = asyncio.Lock()  # gRPC takes one write at a time
-        options: reward_pb2.ScoreOptions | None = None
+        model: ShelvedModel | None = None
+        options = reward_pb2.ScoreOptions()
 
-        async def serve(item: reward_pb2.ScoreItem, options: reward_pb2.ScoreOptions) -> None:
+        async def serve(model: ShelvedModel, item: reward_pb2.ScoreItem) -> None:
             try:
                 response = await self._answer_patiently(
-                    lambda: self._requests.stream_item(item, options)
+                    model, lambda: model.requests.stream_item(item, options)
                 )
-                self._record([response.result])
+                _record(model, [response.result])
                 async with writing:
                     await context.write(response)
             finally:
@@ -73,9 +70,11 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         try:
             async with asyncio.TaskGroup() as tasks:
                 async for request in request_iterator:
-                    options = options or request.options
+                    if model is None:
+                        options = request.options
+                        model = self._shelf.find(request.model, request.revision)
                     await window.acquire()
-                    tasks.create_task(serve(request.item, options))
+                    tasks.create_task(serve(model, request.item))
         except BaseExceptionGroup as faults:
             raise faults.exceptions[0] from None  # the first one ends the stream, as its status
 
@@ -83,42 +82,59 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.CompareRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.CompareResponse:
         """Rank candidate responses to one prompt."""
-        response = await self._answer(lambda: self._requests.compare(request))
-        self._record(response.results)
+        model = self._shelf.find(request.model, request.revision)
+        response = await self._answer(model, lambda: model.requests.compare(request))
+        _record(model, response.results)
         return response
 
     async def CountTokens(
         self, request: reward_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.CountTokensResponse:
         """Count tokens, before any truncation."""
+        requests = self._shelf.find(request.model, request.revision).requests
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._requests.count_tokens, request)
+        return await loop.run_in_executor(self._threads, requests.count_tokens, request)
 
     async def GetModel(
         self, request: reward_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.GetModelResponse:
-        """Describe the model."""
-        return self._requests.get_model()
+        """Describe a model."""
+        return self._shelf.find(request.model, request.revision).requests.get_model()
 
-    async def _answer(self, begin: Callable[[], Work[ScoreJob, RawScore, A]]) -> A:
+    async def ListModels(
+        self, request: reward_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> reward_pb2.ListModelsResponse:
+        """Name the served models."""
+        return reward_pb2.ListModelsResponse(models=self._shelf.served)
+
+    async def _answer(
+        self, model: ShelvedModel, begin: Callable[[], Work[ScoreJob, RawScore, A]]
+    ) -> A:
         return await answer(
-            begin, self._batcher, self._threads, service="reward", model_name=self._model_name
+            begin,
+            model.batcher,
+            self._threads,
+            service=SERVICE,
+            model_name=model.model.facts.name,
         )
 
-    async def _answer_patiently(self, begin: Callable[[], Work[ScoreJob, RawScore, A]]) -> A:
+    async def _answer_patiently(
+        self, model: ShelvedModel, begin: Callable[[], Work[ScoreJob, RawScore, A]]
+    ) -> A:
         """Wait where a unary call would be refused: a stream is paced by its flow control."""
         while True:
             try:
-                return await self._answer(begin)
+                return await self._answer(model, begin)
             except Overloaded as error:
                 if error.retry_after_s is None:
                     raise
                 await asyncio.sleep(error.retry_after_s)
 
-    def _record(self, results: Iterable[reward_pb2.ScoreResult]) -> None:
-        scores = metrics.REWARD_SCORE.labels(self._model_name)
-        for result in results:
-            code = item_code(result.code)
-            metrics.ITEMS.labels("reward", code).inc()
-            if code == "OK":
-                scores.observe(result.score)
+
+def _record(model: ShelvedModel, results: Iterable[reward_pb2.ScoreResult]) -> None:
+    scores = metrics.REWARD_SCORE.labels(model.model.facts.name)
+    for result in results:
+        code = item_code(result.code)
+        metrics.ITEMS.labels(SERVICE, code).inc()
+        if code == "OK":
+            scores.observe(result.score)

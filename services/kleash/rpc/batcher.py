@@ -81,6 +81,7 @@ class Batcher(Generic[T, R]):
 
     ``compute`` gets up to ``max_batch_tokens`` padded tokens (items x longest) and returns one
     result per item; it runs in the model thread. ``size`` is the tokens of an item, at least 1.
+    Batchers that share ``thread`` compute one at a time; who made it starts and stops it.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Batcher(Generic[T, R]):
         max_queued_tokens: int,
         service: str,
         model_name: str = "",
+        thread: ModelThread | None = None,
     ) -> None:
         self.max_batch_tokens = max_batch_tokens
         self.max_queued_tokens = max_queued_tokens
@@ -101,7 +103,9 @@ class Batcher(Generic[T, R]):
         self._waiting: dict[_Call, None] = {}
         self._running: list[_Call] = []
         self._queued_tokens = 0
-        self._thread = ModelThread(service)
+        self._thread = thread or ModelThread(service)
+        self._owns_thread = thread is None
+        self._shown = (0, 0, 0)
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_accepting = False
@@ -128,7 +132,8 @@ class Batcher(Generic[T, R]):
     async def start(self) -> None:
         """Begin to accept and compute."""
         self._is_accepting = True
-        self._thread.start()
+        if self._owns_thread:
+            self._thread.start()
         self._task = asyncio.create_task(self._serve(), name=f"batcher-{self._service}")
 
     async def stop(self) -> None:
@@ -138,7 +143,8 @@ class Batcher(Generic[T, R]):
             self._wake.set()
             await self._task
             self._task = None
-        self._thread.stop()
+        if self._owns_thread:
+            self._thread.stop()
 
     async def submit(self, items: Sequence[T], *, isolate: bool = False) -> BatchTiming[R]:
         """Compute ``items`` and return their results in order.
@@ -366,9 +372,12 @@ class Batcher(Generic[T, R]):
         return min(max(seconds, MIN_RETRY_S), MAX_RETRY_S)
 
     def _show_queue(self) -> None:
-        self._queue_requests.set(len(self._waiting))
-        self._queue_tokens.set(self._queued_tokens)
-        self._running_requests.set(len(self._running))
+        # By the difference: two revisions of a model have one gauge.
+        now = (len(self._waiting), self._queued_tokens, len(self._running))
+        gauges = (self._queue_requests, self._queue_tokens, self._running_requests)
+        for gauge, value, shown in zip(gauges, now, self._shown, strict=True):
+            gauge.inc(value - shown)
+        self._shown = now
 
     def _reject(self, reason: str, error: Exception) -> Exception:
         metrics.REQUESTS_REJECTED.labels(self._service, reason).inc()
