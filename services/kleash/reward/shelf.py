@@ -19,7 +19,7 @@ from kleash.common.v1 import common_pb2
 from kleash.reward.model import RawScore, RewardModel, ScoreJob
 from kleash.reward.requests import RewardRequests
 from kleash.rpc.batcher import Batcher
-from kleash.rpc.errors import NotFound
+from kleash.rpc.errors import NotFound, Unavailable
 from kleash.rpc.model_thread import ModelThread
 from kleash.rpc.requests import Limits
 
@@ -45,6 +45,18 @@ class _Slot:
     newest: ShelvedModel
     previous: ShelvedModel | None = None
     expiry: asyncio.TimerHandle | None = None
+    """Ends the holding of the previous one."""
+
+    @property
+    def held(self) -> list[ShelvedModel]:
+        """The newest revision, and the one before it when there is one."""
+        return [self.newest] if self.previous is None else [self.newest, self.previous]
+
+    def forget_expiry(self) -> None:
+        """Stop the clock of the previous revision."""
+        if self.expiry is not None:
+            self.expiry.cancel()
+            self.expiry = None
 
 
 class ModelShelf:
@@ -64,6 +76,9 @@ class ModelShelf:
         self._thread = ModelThread(SERVICE)
         self._slots = {name: _Slot(self._shelve(model)) for name, model in models.items()}
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_stopped = False
+        self._infos: set[tuple[str, ...]] = set()
+        self._show_infos()
 
     async def start(self) -> None:
         """Begin to compute."""
@@ -73,24 +88,19 @@ class ModelShelf:
 
     async def stop(self) -> None:
         """Finish what is queued, refuse the rest, close the models."""
+        self._is_stopped = True
         for slot in self._slots.values():
-            for shelved in (slot.newest, slot.previous):
-                if shelved is not None:
-                    await self._close(shelved)
-            if slot.expiry is not None:
-                slot.expiry.cancel()
+            slot.forget_expiry()
+        for shelved in self._held:
+            await self._close(shelved)
         if self._closing:
             await asyncio.wait(self._closing)
+        self._show_infos()
         self._thread.stop()
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the last sign of life of the slowest model; 0 when all are idle."""
-        return max(
-            shelved.batcher.heartbeat_age_s()
-            for slot in self._slots.values()
-            for shelved in (slot.newest, slot.previous)
-            if shelved is not None
-        )
+        return max(shelved.batcher.heartbeat_age_s() for shelved in self._held)
 
     @property
     def served(self) -> list[common_pb2.ServedModel]:
@@ -104,13 +114,12 @@ class ModelShelf:
         Raises NotFound.
         """
         slot = self.slot(name)
-        held = [each for each in (slot.newest, slot.previous) if each is not None]
         if not revision:
             return slot.newest
-        for shelved in held:
+        for shelved in slot.held:
             if shelved.model.facts.revision == revision:
                 return shelved
-        have = ", ".join(shelved.model.facts.revision for shelved in held)
+        have = ", ".join(shelved.model.facts.revision for shelved in slot.held)
         raise NotFound(
             f"revision '{revision}' is not served here; this server has {have} of "
             f"'{name or self.default_name}'.",
@@ -135,20 +144,23 @@ class ModelShelf:
     async def switch(self, name: str, model: RewardModel) -> common_pb2.ServedModel:
         """Serve ``model``, loaded and warm, as ``name`` from now on; returns what it follows.
 
-        Calls that are under way end on the model that they began with.
+        Calls that are under way end on the model that they began with. Raises Unavailable when the
+        service stops.
         """
         slot = self.slot(name)
+        if self._is_stopped:
+            raise Unavailable("the reward service is stopping; try another.", reason="DRAINING")
         shelved = self._shelve(model)
         await shelved.batcher.start()
         old, older = slot.newest, slot.previous
         slot.newest, slot.previous = shelved, old
+        slot.forget_expiry()
+        slot.expiry = asyncio.get_running_loop().call_later(
+            self._keep_previous_s, self._drop_previous, slot
+        )
         if older is not None:
             self._close_soon(older)
-        if slot.expiry is not None:
-            slot.expiry.cancel()
-        slot.expiry = asyncio.get_running_loop().call_later(
-            self._keep_previous_s, self._expire, slot, old
-        )
+        self._show_infos()
         logger.info(
             "model '%s' is now %s and was %s",
             name or self.default_name,
@@ -167,12 +179,18 @@ class ModelShelf:
                 reason="REVISION_NOT_SERVED",
                 field="revision",
             )
-        self._expire(slot, slot.previous)
+        self._drop_previous(slot)
 
-    def _expire(self, slot: _Slot, shelved: ShelvedModel) -> None:
-        if slot.previous is shelved:
-            slot.previous = None
+    @property
+    def _held(self) -> list[ShelvedModel]:
+        return [shelved for slot in self._slots.values() for shelved in slot.held]
+
+    def _drop_previous(self, slot: _Slot) -> None:
+        shelved, slot.previous = slot.previous, None
+        slot.forget_expiry()
+        if shelved is not None:
             self._close_soon(shelved)
+        self._show_infos()
 
     def _close_soon(self, shelved: ShelvedModel) -> None:
         task = asyncio.ensure_future(self._close(shelved))
@@ -182,16 +200,21 @@ class ModelShelf:
     async def _close(self, shelved: ShelvedModel) -> None:
         await shelved.batcher.stop()
         shelved.model.close()
-        facts = shelved.model.facts
-        metrics.MODEL_INFO.remove(
-            SERVICE, facts.name, facts.revision, facts.dtype, facts.tokenizer_sha256
-        )
+
+    def _show_infos(self) -> None:
+        """One line of the metric for each revision that is held; none once stopped."""
+        facts = [] if self._is_stopped else [shelved.model.facts for shelved in self._held]
+        infos = {
+            (SERVICE, each.name, each.revision, each.dtype, each.tokenizer_sha256) for each in facts
+        }
+        for labels in self._infos - infos:
+            metrics.MODEL_INFO.remove(*labels)
+        for labels in infos:
+            metrics.MODEL_INFO.labels(*labels).set(1)
+        self._infos = infos
 
     def _shelve(self, model: RewardModel) -> ShelvedModel:
         facts = model.facts
-        metrics.MODEL_INFO.labels(
-            SERVICE, facts.name, facts.revision, facts.dtype, facts.tokenizer_sha256
-        ).set(1)
         batcher: Batcher[ScoreJob, RawScore] = Batcher(
             model.compute,
             size=lambda job: job.num_tokens,

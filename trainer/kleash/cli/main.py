@@ -63,6 +63,11 @@ COMMANDS = {
         "serve",
         "inspect, history or verify: published versions and what a replica serves",
     ),
+    "model": Command(
+        "kleash.cli.models:run",
+        "serve",
+        "list, load or unload: what a reward service serves",
+    ),
     "fetch": Command(
         "kleash.cli.fetch:run",
         "train",
