@@ -3,12 +3,16 @@ arguments name its commands, and every address is that of a Service that leads t
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+import grpc
 import pytest
 from tests.k8s.chart import NAMESPACE, Object, Pod, name_of, of_kind, pods, render, services_of
 from tests.k8s.netpol import Peer, is_allowed
@@ -18,6 +22,7 @@ from kleash.cli.main import COMMANDS
 from kleash.demo.pipeline import DemoConfig
 from kleash.ppo.config import PPOConfig
 from kleash.reward_model.config import RewardModelConfig
+from kleash.rpc.ports import bind, serve_metrics
 from kleash.sft.config import SFTConfig
 from kleash.up.config import SERVICES, ServeConfig
 
@@ -117,13 +122,13 @@ def test_processes_listen_where_the_pod_says(objects: list[Object]) -> None:
             continue
         tree = config_of(objects, pod, key)
         server, ports = tree["server"], pod.ports()
-        assert server["host"] in ("0.0.0.0", "::"), pod.name
+        assert server["host"] == "::", f"{pod.name}: not reached on a cluster of the other family"
         assert server["port"] == ports["grpc"], pod.name
         assert server["health_port"] == ports["grpc-health"], pod.name
         assert server["metrics_port"] == ports["http-metrics"], pod.name
         if key == "ppo.json":
             store = tree["publish"]["server"]
-            assert store["host"] in ("0.0.0.0", "::"), pod.name
+            assert store["host"] == "::", pod.name
             assert store["port"] == ports["weights"], pod.name
 
 
@@ -231,3 +236,50 @@ def test_config_maps_hold_no_credentials(objects: list[Object]) -> None:
             assert not re.search(r"hf_[A-Za-z0-9]{20}|BEGIN [A-Z ]*PRIVATE KEY", text), (
                 f"{name_of(item)} {key}"
             )
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class _WithoutIPv6(socket.socket):
+    """Sockets of a kernel that was started without IPv6."""
+
+    def __init__(self, family: int = -1, *arguments: Any, **options: Any) -> None:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        super().__init__(family, *arguments, **options)
+
+
+@pytest.mark.parametrize("has_ipv6", [True, False])
+def test_the_host_of_the_chart_is_reached_on_every_kind_of_cluster(
+    monkeypatch: pytest.MonkeyPatch, has_ipv6: bool
+) -> None:
+    """Pods of IPv4 alone, of IPv6 alone and of both, and nodes whose kernel has no IPv6."""
+    if not has_ipv6:
+        monkeypatch.setattr(socket, "socket", _WithoutIPv6)
+    elif not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    addresses = ("127.0.0.1", "::1") if has_ipv6 else ("127.0.0.1",)
+
+    async def grpc_port_answers() -> None:
+        server = grpc.aio.server()
+        port = bind(server, "::", 0, None, key="server.port")
+        await server.start()
+        try:
+            for address in addresses:
+                socket.create_connection((address, port), timeout=5).close()
+        finally:
+            await server.stop(None)
+
+    asyncio.run(grpc_port_answers())
+    page = _free_port()
+    end = serve_metrics("::", page)
+    assert end is not None
+    try:
+        for address in addresses:
+            socket.create_connection((address, page), timeout=5).close()
+    finally:
+        end()

@@ -188,5 +188,31 @@ def test_other_applications_call_the_reward_service_alone(helm: object) -> None:
         assert not is_allowed(items, STRANGER, target, GRPC), component
 
 
+@pytest.mark.parametrize("service", ["policy", "reference"])
+def test_a_trainer_of_another_release_calls_what_is_named(helm: object, service: str) -> None:
+    client = '{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"elsewhere"}}}'
+    items = render(settings=(f"networkPolicy.{service}Clients=[{client}]",))
+    for component, target in servers(items):
+        assert is_allowed(items, FOREIGNER, target, GRPC) is (component == service), component
+
+
+@pytest.mark.parametrize("is_enabled", ["true", "false"])
+def test_a_policy_outside_of_the_release_fetches_weights(helm: object, is_enabled: str) -> None:
+    elsewhere = '{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"elsewhere"}}}'
+    items = render(
+        settings=(
+            f"policy.enabled={is_enabled}",
+            'trainer.config.services.policy=["policy.elsewhere.svc:50051"]',
+            f'trainer.extraEgress=[{{"to":[{elsewhere}],"ports":[{{"port":50051}}]}}]',
+            f"networkPolicy.weightsClients=[{elsewhere}]",
+        )
+    )
+    trainer = of_component(items, "trainer")
+    assert is_allowed(items, trainer, FOREIGNER, GRPC)
+    assert is_allowed(items, FOREIGNER, trainer, WEIGHTS)
+    assert not is_allowed(items, FOREIGNER, trainer, GRPC)
+    assert not is_allowed(items, STRANGER, trainer, WEIGHTS)
+
+
 def test_policies_can_be_left_out(helm: object) -> None:
     assert of_kind(render(settings=("networkPolicy.enabled=false",)), "NetworkPolicy") == []

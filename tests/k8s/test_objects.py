@@ -233,6 +233,27 @@ def test_budgets_come_with_the_second_replica(helm: object) -> None:
     assert budget["metadata"]["name"] == f"{PREFIX}-reward"
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_several"),
+    [
+        ((), False),
+        (("reward.replicas=2",), True),
+        (("reward.replicas=null",), True),
+        (("reward.autoscaling.enabled=true",), True),
+        (("reward.autoscaling.enabled=true", "reward.autoscaling.maxReplicas=1"), False),
+    ],
+)
+def test_what_may_become_several_pods_is_treated_as_several(
+    helm: object, settings: tuple[str, ...], is_several: bool
+) -> None:
+    """The number is an autoscaler's, or somebody else's where replicas is null."""
+    items = render(settings=(*settings, "reward.gpu.count=1"))
+    (reward,) = [item for item in of_kind(items, "Deployment") if name_of(item).endswith("-reward")]
+    expected = "RollingUpdate" if is_several else "Recreate"
+    assert reward["spec"]["strategy"]["type"] == expected
+    assert bool(of_kind(items, "PodDisruptionBudget")) is is_several
+
+
 def _drain(objects: list[Object], pod: Pod) -> dict[str, float]:
     """The server section of a pod's serve.json or ppo.json."""
     names = {

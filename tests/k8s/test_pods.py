@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.k8s.chart import Object, Pod, pods, services_of
+from tests.k8s.chart import Object, Pod, pod_of, pods, render, services_of
 
 pytestmark = pytest.mark.k8s
 
@@ -242,3 +242,64 @@ def test_servers_listen_on_the_documented_ports(objects: list[Object]) -> None:
             expected["weights"] = 50061
         if pod.is_server or pod.component == "trainer":
             assert expected.items() <= pod.ports().items(), pod.name
+
+
+HUB = "hf://org/name@0123456789abcdef0123456789abcdef01234567"
+OTHER = "s3://bucket/other"
+DIGEST = "0123456789abcdef" * 4
+
+
+def _given(section: str, uri: str = HUB) -> tuple[str, ...]:
+    """Settings of a model with everything that belongs to it."""
+    model = f"{section}.model"
+    return (
+        f'{model}.uri="{uri}"',
+        f'{model}.existingSecret="hub"',
+        f'{model}.sha256="{DIGEST}"',
+        f"{model}.waitSeconds=77",
+    )
+
+
+def _fetch(objects: list[Object], component: str, label: str) -> tuple[str | None, set[str]]:
+    """Secret and arguments of the init container that brings a model."""
+    (container,) = [
+        container
+        for container in pod_of(objects, component).spec["initContainers"]
+        if container["name"] == f"fetch-{label}"
+    ]
+    secrets = [entry["secretRef"]["name"] for entry in container.get("envFrom", [])]
+    return (secrets[0] if secrets else None), set(container["args"][1:])
+
+
+@pytest.mark.parametrize(
+    ("source", "component", "label", "section"),
+    [
+        ("policy", "reference", "reference", "reference.model"),
+        ("policy", "trainer", "model", "trainer.model"),
+        ("reward", "trainer", "reward-model", "trainer.rewardModel"),
+    ],
+)
+def test_a_model_that_is_taken_over_comes_with_what_belongs_to_it(
+    helm: object, source: str, component: str, label: str, section: str
+) -> None:
+    taken = {f"--sha256={DIGEST}", "--wait_s=77"}
+    for settings in (_given(source), (*_given(source), f'{section}.uri="{HUB}"')):
+        secret, arguments = _fetch(render(settings=settings), component, label)
+        assert secret == "hub"
+        assert arguments > {HUB, *taken}
+    own = (f'{section}.existingSecret="mine"', f"{section}.waitSeconds=0")
+    secret, arguments = _fetch(render(settings=(*_given(source), *own)), component, label)
+    assert secret == "mine"
+    assert arguments > {f"--sha256={DIGEST}", "--wait_s=0"}
+
+
+def test_another_model_takes_over_nothing(helm: object) -> None:
+    for component, label, section in (
+        ("reference", "reference", "reference.model"),
+        ("trainer", "model", "trainer.model"),
+    ):
+        items = render(settings=(*_given("policy"), f'{section}.uri="{OTHER}"'))
+        secret, arguments = _fetch(items, component, label)
+        assert secret is None
+        assert arguments > {OTHER, "--wait_s=3600"}
+        assert f"--sha256={DIGEST}" not in arguments

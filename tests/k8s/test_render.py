@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,50 @@ def test_an_upgrade_renames_a_job_when_its_template_changes_and_only_then(helm: 
         assert name != new_name, f"{name} would be refused by the API server: its template changed"
     unrelated = jobs('reward.podAnnotations={"example.org/a":"b"}')
     assert {name for name, _ in unrelated.values()} == {name for name, _ in before.values()}
+
+
+def _changed_chart(folder: Path, old: str, new: str) -> Path:
+    """A copy of the chart as a next version might be."""
+    chart = folder / "chart"
+    shutil.copytree(CHART, chart)
+    path = chart / "templates" / "_job.tpl"
+    text = path.read_text()
+    assert text.count(old) == 1, old
+    path.write_text(text.replace(old, new))
+    return chart
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_fixed"),
+    [
+        ("values: [2]", "values: [2, 3]", True),
+        ("completions: 1", "completions: 1\ncompletionMode: Indexed", True),
+        ("completions: 1", "completions: 2", True),
+        ("parallelism: 1", "parallelism: 0", False),
+    ],
+)
+def test_a_job_has_another_name_when_what_nobody_may_change_is_another(
+    helm: Path, tmp_path: Path, old: str, new: str, is_fixed: bool
+) -> None:
+    """The API server refuses such an upgrade of the old Job: "field is immutable"."""
+
+    def names(chart: Path) -> set[str]:
+        done = run(helm, "template", "demo", str(chart))
+        assert done.returncode == 0, done.stderr
+        return {name_of(item) for item in of_kind(load_objects(done.stdout), "Job")}
+
+    before, after = names(CHART), names(_changed_chart(tmp_path, old, new))
+    assert len(before) == len(after) == 2
+    assert (before & after == set()) is is_fixed
+
+
+def test_nothing_of_an_install_is_another_at_the_upgrade(helm: Path, example: Path) -> None:
+    """A Job that Kueue has let go would be stopped, and one that waits be started."""
+    command = ("template", "demo", str(CHART), f"--values={example}")
+    texts = [run(helm, *command, *extra).stdout for extra in ((), (), ("--is-upgrade",))]
+    assert texts[0] == texts[1] == texts[2] != ""
+    for job in of_kind(load_objects(texts[0]), "Job"):
+        assert "suspend" not in job["spec"], f"{name_of(job)}: Kueue alone switches it"
 
 
 def test_a_bad_value_is_refused_with_its_path(helm: Path) -> None:

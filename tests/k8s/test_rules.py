@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from operator import itemgetter
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.k8s
 
 FILES = tuple(sorted((CHART / "files" / "rules").glob("*.yaml")))
 TESTS = ROOT / "tests" / "k8s" / "rules"
-OF_TARGETS = {"namespace", "job", "instance"}
+EVERY_RELEASE = 'app_kubernetes_io_part_of="kleash"'
+"""What the files ask of a series; the chart puts its own release in this one's place."""
+OF_TARGETS = {"namespace", "job", "instance", "app_kubernetes_io_part_of"}
 MONITORS = (
     "metrics.serviceMonitor.enabled=true",
     "metrics.podMonitor.enabled=true",
@@ -99,11 +102,101 @@ def test_alerts_tell_the_reader_what_to_do(path: Path) -> None:
         assert anchor in headings, f"docs/operations.md has no heading {name}"
 
 
-def test_the_chart_installs_the_rules_as_they_are(helm: Path) -> None:
-    installed = of_kind(render(settings=MONITORS), "PrometheusRule")
-    found = [group for item in installed for group in item["spec"]["groups"]]
-    expected = [group for path in FILES for group in groups(path)]
-    assert sorted(found, key=itemgetter("name")) == sorted(expected, key=itemgetter("name"))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_series_of_a_rule_is_of_kleash(path: Path) -> None:
+    """One that is not would be of all releases in the rules of each, or of other programs."""
+    for rule in rules(path):
+        name = rule.get("alert") or rule["record"]
+        bare = re.sub(r"\b(?:by|on) \([^)]*\)", "", rule["expr"])
+        for series in names_in(rule["expr"]):
+            for found in re.finditer(rf"(?<![\w:]){series}\b(\{{[^}}]*\}})?", bare):
+                assert EVERY_RELEASE in (found[1] or ""), f"{name}: {series}"
+
+
+def installed(*settings: str, release: str = "demo") -> list[dict[str, Any]]:
+    """Groups of rules that a release installs in the namespace rlhf."""
+    items = of_kind(render(settings=(*MONITORS, *settings), release=release), "PrometheusRule")
+    return [group for item in items for group in item["spec"]["groups"]]
+
+
+def test_the_chart_installs_the_rules_for_its_own_release(helm: Path) -> None:
+    text = json.dumps([group for path in FILES for group in groups(path)])
+    own = 'namespace="rlhf", app_kubernetes_io_instance="demo"'
+    assert EVERY_RELEASE not in json.loads(text)[0]["name"]
+    expected = json.loads(text.replace(json.dumps(EVERY_RELEASE)[1:-1], json.dumps(own)[1:-1]))
+    assert sorted(installed(), key=itemgetter("name")) == sorted(expected, key=itemgetter("name"))
+    assert EVERY_RELEASE not in json.dumps(installed()).replace("\\", "")
+
+
+@pytest.mark.parametrize("job", ["one-reward", "kubernetes-pods"])
+def test_rules_of_a_release_fire_for_it_and_no_other(helm: Path, tmp_path: Path, job: str) -> None:
+    """Whatever its objects are called, and whether monitors or annotations have it scraped."""
+    files: list[str] = []
+    for release in ("one", "two"):
+        named = installed(f'fullnameOverride="{release}"', release=release)
+        for group in named:
+            for rule in group["rules"]:
+                if "alert" in rule:
+                    rule["labels"]["rules_of"] = release
+        path = tmp_path / f"{release}.yaml"
+        path.write_text(yaml.safe_dump({"groups": named}))
+        files.append(str(path))
+
+    def series(release: str, namespace: str = "rlhf") -> str:
+        labels = f'app_kubernetes_io_instance="{release}", app_kubernetes_io_part_of="kleash"'
+        return f'up{{namespace="{namespace}", job="{job}", instance="{release}:9090", {labels}}}'
+
+    expected = {
+        "namespace": "rlhf",
+        "job": job,
+        "instance": "one:9090",
+        "app_kubernetes_io_instance": "one",
+        "app_kubernetes_io_part_of": "kleash",
+        "severity": "critical",
+        "rules_of": "one",
+    }
+    down = alerts(CHART / "files" / "rules" / "services.yaml")["KleashTargetDown"]["annotations"]
+    told = dict(down)
+    for label in ("instance", "job", "namespace"):
+        told["description"] = told["description"].replace(
+            f"{{{{ $labels.{label} }}}}", expected[label]
+        )
+    case = {
+        "interval": "1m",
+        "input_series": [
+            {"series": series("one"), "values": "0x20"},
+            {"series": series("two"), "values": "1x20"},
+            {"series": series("one", namespace="elsewhere"), "values": "0x20"},
+            {"series": 'up{namespace="rlhf", job="other", instance="a:1"}', "values": "0x20"},
+        ],
+        "alert_rule_test": [
+            {
+                "eval_time": "15m",
+                "alertname": "KleashTargetDown",
+                "exp_alerts": [{"exp_labels": expected, "exp_annotations": told}],
+            }
+        ],
+    }
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump({"rule_files": files, "tests": [case]}))
+    done = run(need("promtool"), "test", "rules", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_targets_carry_the_labels_by_which_rules_know_them(helm: Path) -> None:
+    """Prometheus writes dots, slashes and hyphens of a pod's label as underscores."""
+    items = render(settings=MONITORS)
+    asked = {"app_kubernetes_io_instance", "app_kubernetes_io_part_of"}
+    for monitor in of_kind(items, "ServiceMonitor", "PodMonitor"):
+        taken = {
+            re.sub(r"[^A-Za-z0-9]", "_", label): label
+            for label in monitor["spec"]["podTargetLabels"]
+        }
+        assert asked <= set(taken), monitor["kind"]
+        for pod in pods(items):
+            if not pod.is_test and "http-metrics" in pod.ports():
+                assert pod.labels[taken["app_kubernetes_io_instance"]] == "demo"
+                assert pod.labels[taken["app_kubernetes_io_part_of"]] == "kleash"
 
 
 def test_every_server_is_scraped_once_and_keeps_its_labels(helm: Path) -> None:

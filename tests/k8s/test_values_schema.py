@@ -14,6 +14,8 @@ import yaml
 from jsonschema.validators import validator_for
 from tests.k8s.chart import CHART, EXAMPLES, RenderError, StrictLoader, example_name, render
 
+from kleash.sources.uri import parse_source
+
 pytestmark = pytest.mark.k8s
 
 Path_ = tuple[str, ...]
@@ -225,3 +227,39 @@ def test_helm_refuses_it_and_says_where(helm: Path, setting: str, path: str) -> 
         render(settings=(setting,))
     message = str(refusal.value).replace("/", ".")
     assert path in message, message
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hf://org/name@main",
+        "s3://bucket/path",
+        "gs://bucket/path",
+        "gcs://bucket/path",
+        "https://models.example.org/path",
+    ],
+)
+def test_a_model_comes_from_where_the_image_can_read(uri: str) -> None:
+    """With drivers that the image holds, through ports that the NetworkPolicy opens."""
+    assert problems({"policy": {"model": {"uri": uri}}}) == []
+    assert parse_source(uri).kind in ("hub", "arrow", "http"), "fsspec needs a driver"
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["http", "ftp", "sftp", "hdfs", "webhdfs", "az", "abfs", "adl", "oss", "webdav", "file"],
+)
+def test_a_model_from_anywhere_else_is_refused(scheme: str) -> None:
+    (problem,) = problems({"policy": {"model": {"uri": f"{scheme}://place/path"}}})
+    assert problem.startswith("policy.model.uri: ")
+
+
+def test_defaults_of_packed_services_are_those_of_the_values() -> None:
+    """What the chart compares with to find a value that a packed service would ignore."""
+    text = (CHART / "files" / "packed-defaults.yaml").read_text()
+    known = yaml.load(text, StrictLoader)
+    values = default_values()
+    for service in ("policy", "reward", "reference"):
+        makes_pods = set(values["packed"]) & set(values[service]) - {"enabled"}
+        expected = {key: values[service][key] for key in makes_pods}
+        assert {**known["all"], **known[service]} == expected, service

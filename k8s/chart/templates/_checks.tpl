@@ -4,6 +4,9 @@
 {{- include "kleash.checkModels" . -}}
 {{- include "kleash.checkAuth" . -}}
 {{- include "kleash.checkJobs" . -}}
+{{- include "kleash.checkOverrides" . -}}
+{{- include "kleash.checkPacked" . -}}
+{{- include "kleash.checkOutside" . -}}
 {{- $values := .Values -}}
 {{- if $values.packed.enabled -}}
 {{- range $values.packed.services -}}
@@ -49,12 +52,23 @@
 {{- if and (eq .model.scheme "demo") (not $.Values.demo.enabled) -}}
 {{- fail (printf "the model %s of %s is made by the demo Job, and demo.enabled is false; enable it, set another model.uri, or use pvc:///demo/%s when an earlier run left it on the claim" .model.uri $component .model.name) -}}
 {{- end -}}
-{{- if and (eq .model.scheme "oci") (semverCompare "<1.31.0-0" $.Capabilities.KubeVersion.Version) -}}
-{{- fail (printf "the model %s needs image volumes, and Kubernetes %s has none (1.31 with a feature gate, 1.35 without); use another model.uri" .model.uri $.Capabilities.KubeVersion.Version) -}}
+{{- if and (eq .model.scheme "oci") (semverCompare "<1.33.0-0" $.Capabilities.KubeVersion.Version) -}}
+{{- fail (printf "the model %s needs image volumes, and Kubernetes %s has none (1.33 or newer has, with the feature gate ImageVolume before 1.35); use another model.uri" .model.uri $.Capabilities.KubeVersion.Version) -}}
+{{- end -}}
+{{- $port := regexFind "^https://[^/]*:[0-9]+" .model.uri | regexFind "[0-9]+$" -}}
+{{- if and $port $.Values.networkPolicy.enabled (not (has $port (include "kleash.texts" $.Values.networkPolicy.downloads.ports | fromJsonArray))) -}}
+{{- fail (printf "the model %s of %s is at a port that the NetworkPolicy keeps closed; add %s to networkPolicy.downloads.ports" .model.uri $component $port) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Elements of a list as texts, as JSON. */}}
+{{- define "kleash.texts" -}}
+{{- $texts := list -}}
+{{- range . }}{{ $texts = append $texts (toString .) }}{{ end -}}
+{{- toJson $texts -}}
 {{- end -}}
 
 {{- define "kleash.checkAuth" -}}
@@ -94,5 +108,38 @@
 {{- end -}}
 {{- if and $values.rewardModel.enabled (not $values.rewardModel.model.uri) (not $values.sft.enabled) -}}
 {{- fail "rewardModel has no model to start from; set rewardModel.model.uri, or enable sft, which makes one" -}}
+{{- end -}}
+{{- end -}}
+
+{{/*
+Services outside of the release, whose way the NetworkPolicies would not know: the addresses of the
+configuration that name no Service of the release.
+*/}}
+{{- define "kleash.checkOutside" -}}
+{{- $values := .Values -}}
+{{- if $values.networkPolicy.enabled -}}
+{{- if $values.trainer.enabled -}}
+{{- $given := merge dict ($values.trainer.config.services | default dict) (ternary ($values.demo.trainerConfig.services | default dict) dict $values.demo.enabled) -}}
+{{- range $service := list "policy" "reward" "reference" -}}
+{{- $address := get $given $service -}}
+{{- $own := printf "^(dns:///)?%s(-headless)?(:|[.]%s[.:])" (include "kleash.name" (dict "root" $ "component" $service)) $.Release.Namespace -}}
+{{- $isOutside := false -}}
+{{- range ternary $address (list $address) (kindIs "slice" $address) -}}
+{{- if and . (not (regexMatch $own (toString .))) }}{{ $isOutside = true }}{{ end -}}
+{{- end -}}
+{{- $address = toJson $address -}}
+{{- if and $isOutside (not $values.trainer.extraEgress) -}}
+{{- fail (printf "trainer.config.services.%s is %s, outside of the release, and the trainer's NetworkPolicy keeps the way there closed; set trainer.extraEgress to a rule that leads there, such as [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: NAMESPACE}}}], ports: [{port: 50051}]}]" $service $address) -}}
+{{- end -}}
+{{- if and $isOutside (eq $service "policy") (not $values.networkPolicy.weightsClients) -}}
+{{- fail (printf "the policy at %s is outside of the release and fetches weights from port 50061 of the trainer, which its NetworkPolicy keeps closed; set networkPolicy.weightsClients to its pods, such as [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: NAMESPACE}}}]" $address) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $publisher := dig "weights" "publisher" "" $values.policy.config -}}
+{{- $key := include "kleash.componentOf" (dict "root" . "service" "policy") -}}
+{{- if and $values.policy.enabled $publisher (not (index $values $key).extraEgress) -}}
+{{- fail (printf "policy.config.weights.publisher is %s, outside of the release, and the policy's NetworkPolicy keeps the way there closed; set %s.extraEgress to a rule that leads there" $publisher $key) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}

@@ -3,10 +3,13 @@ The JSON that each process reads: what follows from the chart, under what the de
 `config` of the values.
 */}}
 
-{{/* Keys of `server` of a process. Takes root, component, key, keys: services, callers. */}}
+{{/*
+Keys of `server` of a process. Host :: is every address of IPv4 and of IPv6: the pod's own would leave out
+the loopback, where `kubectl port-forward` comes from. Takes root, component, key, keys: services, callers.
+*/}}
 {{- define "kleash.server" -}}
 {{- $values := index .root.Values .key -}}
-{{- $config := dict "host" "0.0.0.0" "port" 50051 "health_port" 8081 "metrics_port" 9090 -}}
+{{- $config := dict "host" "::" "port" 50051 "health_port" 8081 "metrics_port" 9090 -}}
 {{- if ne .component "trainer" -}}
 {{- $seconds := include "kleash.maxRequestSeconds" . | float64 -}}
 {{- $_ := set $config "drain_announce_s" $values.drain.announceSeconds -}}
@@ -68,7 +71,7 @@ The JSON that each process reads: what follows from the chart, under what the de
 {{- if .Values.reference.enabled -}}
 {{- $_ := set $services "reference" (printf "dns:///%s:50051" (include "kleash.host" (dict "root" . "service" "reference-headless"))) -}}
 {{- end -}}
-{{- $store := merge (dict "host" "0.0.0.0" "port" 50061) (include "kleash.serverSecurity" (merge (dict "callers" $fetchers) $args) | fromJson) -}}
+{{- $store := merge (dict "host" "::" "port" 50061) (include "kleash.serverSecurity" (merge (dict "callers" $fetchers) $args) | fromJson) -}}
 {{- $config := dict "out" (printf "/runs/%s/ppo" $run) "resume" true "run_id" $run "model" $model.folder "services" $services -}}
 {{- $_ := set $config "publish" (dict "server" $store "address" $weights "lease" (include "kleash.name" $args)) -}}
 {{- $_ := set $config "server" (include "kleash.server" $args | fromJson) -}}

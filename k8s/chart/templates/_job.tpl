@@ -1,15 +1,44 @@
 {{/* The Jobs: trainer, demo, SFT, reward model. */}}
 
 {{/*
-ConfigMap and Job of a component. A Job's pod template cannot be changed, so a hash of it ends the
-name: an upgrade that changes it makes another Job and deletes the old one, whose process writes a
-checkpoint and ends. Takes root, component, key, args, config, configFile, ports, readiness.
+Those fields of a Job's spec that the API server lets nobody change, as far as the chart sets them
+(batch/v1: completions, completionMode, selector, podFailurePolicy, successPolicy, backoffLimitPerIndex,
+managedBy, template). Takes pod: the text of the template.
+*/}}
+{{- define "kleash.fixedJobFields" -}}
+completions: 1
+podFailurePolicy:
+  rules:
+    # Status 2: the user's input cannot be used, and trying again would not change that.
+    - action: FailJob
+      onExitCodes:
+        operator: In
+        values: [2]
+    # Evicted, preempted, drained: no fault of the pod.
+    - action: Ignore
+      onPodConditions:
+        - type: DisruptionTarget
+          status: "True"
+    # Status 143: told to stop, and stopped in order.
+    - action: Ignore
+      onExitCodes:
+        operator: In
+        values: [143]
+template:
+  {{- .pod | nindent 2 }}
+{{- end -}}
+
+{{/*
+ConfigMap and Job of a component. A hash of all that cannot be changed ends the Job's name: an upgrade
+that changes it makes another Job and deletes the old one, whose process writes a checkpoint and ends.
+Takes root, component, key, args, config, configFile, ports, readiness.
 */}}
 {{- define "kleash.job" -}}
 {{- $values := index .root.Values .key -}}
 {{- $pod := include "kleash.podTemplate" (merge (dict "restartPolicy" "Never" "grace" $values.terminationGracePeriodSeconds) .) -}}
+{{- $fixed := include "kleash.fixedJobFields" (dict "pod" $pod) -}}
 {{- $name := include "kleash.name" . -}}
-{{- $job := ternary (printf "%s-%s" $name (sha256sum $pod | trunc 8)) $name .root.Values.hashJobNames -}}
+{{- $job := ternary (printf "%s-%s" $name (sha256sum $fixed | trunc 8)) $name .root.Values.hashJobNames -}}
 ---
 apiVersion: v1
 kind: ConfigMap
@@ -24,11 +53,12 @@ kind: Job
 metadata:
   {{- include "kleash.metadata" (merge (dict "name" $job "labels" (include "kleash.kueueLabels" $values | fromJson)) .) | nindent 2 }}
 spec:
-  {{- /* Kueue lets it go; an upgrade that said so again would stop it, and Kueue itself suspends what an upgrade makes. */}}
-  {{- if and $values.kueue.queueName .root.Release.IsInstall }}
-  suspend: true
-  {{- end }}
-  completions: 1
+  {{- /*
+  No `suspend`, with Kueue neither: its admission webhook suspends each Job with a queue's name that is made,
+  and from then on Kueue alone switches the field. A manifest that said `true` would stop a Job that runs
+  whenever it is applied again, and one that says so at the install alone would start a Job that waits
+  at the upgrade, where the field is taken back.
+  */}}
   parallelism: 1
   backoffLimit: {{ $values.backoffLimit }}
   {{- with $values.activeDeadlineSeconds }}
@@ -39,25 +69,7 @@ spec:
   {{- end }}
   # One pod at a time: the next one starts when the last one has ended.
   podReplacementPolicy: Failed
-  podFailurePolicy:
-    rules:
-      # Status 2: the user's input cannot be used, and trying again would not change that.
-      - action: FailJob
-        onExitCodes:
-          operator: In
-          values: [2]
-      # Evicted, preempted, drained: no fault of the pod.
-      - action: Ignore
-        onPodConditions:
-          - type: DisruptionTarget
-            status: "True"
-      # Status 143: told to stop, and stopped in order.
-      - action: Ignore
-        onExitCodes:
-          operator: In
-          values: [143]
-  template:
-    {{- $pod | nindent 4 }}
+  {{- $fixed | nindent 2 }}
 {{- end -}}
 
 {{- define "kleash.kueueLabels" -}}

@@ -5,7 +5,7 @@ Where models come from, and how they get into a pod.
   pvc:///PATH            PATH on the release's claim, mounted at /runs
   pvc://CLAIM/PATH       PATH on another claim, mounted at /claims/CLAIM
   oci://IMAGE@sha256:..  an image volume, mounted at /models/NAME
-  hf://, s3://, ...      downloaded to /models/NAME by an init container
+  hf://, s3://, gs://, https://   downloaded to /models/NAME by an init container
 */}}
 
 {{- define "kleash.runsClaim" -}}
@@ -17,18 +17,41 @@ Where models come from, and how they get into a pod.
 {{- printf "pvc:///%s/%s" (include "kleash.runId" .root) .stage -}}
 {{- end -}}
 
-{{/* URI of a service's model: given, or what a Job of the release makes. Takes root, service. */}}
-{{- define "kleash.modelUri" -}}
-{{- $values := .root.Values -}}
-{{- $uri := (index $values .service).model.uri -}}
-{{- if and (not $uri) (eq .service "reference") -}}
-{{- $uri = include "kleash.modelUri" (dict "root" .root "service" "policy") -}}
-{{- else if and (not $uri) (eq .service "policy") $values.sft.enabled -}}
-{{- $uri = include "kleash.stageUri" (dict "root" .root "stage" "sft") -}}
-{{- else if and (not $uri) (eq .service "reward") $values.rewardModel.enabled -}}
-{{- $uri = include "kleash.stageUri" (dict "root" .root "stage" "reward-model") -}}
+{{/*
+A model as a component gets it: {uri, existingSecret, sha256, waitSeconds} as JSON. One that is taken
+over from another component comes with all that belongs to it, but for what the component says itself;
+the same URI is the same model. Takes own: the values of a model, from: such a map or empty.
+*/}}
+{{- define "kleash.modelSpec" -}}
+{{- $own := .own -}}
+{{- $spec := dict "uri" $own.uri "existingSecret" $own.existingSecret "sha256" $own.sha256 "waitSeconds" $own.waitSeconds -}}
+{{- if and .from (has $own.uri (list "" (.from).uri)) -}}
+{{- $_ := set $spec "uri" .from.uri -}}
+{{- $_ := set $spec "existingSecret" (default .from.existingSecret $own.existingSecret) -}}
+{{- $_ := set $spec "sha256" (default .from.sha256 $own.sha256) -}}
+{{- if kindIs "invalid" $own.waitSeconds }}{{ $_ := set $spec "waitSeconds" .from.waitSeconds }}{{ end -}}
 {{- end -}}
-{{- $uri -}}
+{{- if kindIs "invalid" $spec.waitSeconds }}{{ $_ := set $spec "waitSeconds" 3600 }}{{ end -}}
+{{- toJson $spec -}}
+{{- end -}}
+
+{{/* Model of a service: given, the policy's, or what a Job of the release makes. Takes root, service. */}}
+{{- define "kleash.serviceModel" -}}
+{{- $values := .root.Values -}}
+{{- $own := deepCopy (index $values .service).model -}}
+{{- $from := dict -}}
+{{- if eq .service "reference" -}}
+{{- $from = include "kleash.serviceModel" (dict "root" .root "service" "policy") | fromJson -}}
+{{- else if and (not $own.uri) (eq .service "policy") $values.sft.enabled -}}
+{{- $_ := set $own "uri" (include "kleash.stageUri" (dict "root" .root "stage" "sft")) -}}
+{{- else if and (not $own.uri) (eq .service "reward") $values.rewardModel.enabled -}}
+{{- $_ := set $own "uri" (include "kleash.stageUri" (dict "root" .root "stage" "reward-model")) -}}
+{{- end -}}
+{{- include "kleash.modelSpec" (dict "own" $own "from" $from) -}}
+{{- end -}}
+
+{{- define "kleash.modelUri" -}}
+{{- (include "kleash.serviceModel" . | fromJson).uri -}}
 {{- end -}}
 
 {{/* What a URI names: {uri, scheme, folder, name, claim, image, usesRuns, isRemote, hasLineage} as JSON. Takes root, uri. */}}
@@ -72,19 +95,19 @@ each folder once. Takes root, component.
 {{- $root := .root -}}
 {{- $wanted := list -}}
 {{- if eq .component "trainer" -}}
-{{- $wanted = append $wanted (dict "label" "model" "uri" (include "kleash.trainerModelUri" $root) "spec" $root.Values.trainer.model) -}}
+{{- $wanted = append $wanted (dict "label" "model" "uri" (include "kleash.trainerModelUri" $root) "spec" (include "kleash.trainerModel" $root | fromJson)) -}}
 {{- if include "kleash.trainerRewardModelUri" $root -}}
-{{- $wanted = append $wanted (dict "label" "reward-model" "uri" (include "kleash.trainerRewardModelUri" $root) "spec" $root.Values.trainer.rewardModel) -}}
+{{- $wanted = append $wanted (dict "label" "reward-model" "uri" (include "kleash.trainerRewardModelUri" $root) "spec" (include "kleash.trainerRewardModel" $root | fromJson)) -}}
 {{- end -}}
 {{- else if eq .component "sft" -}}
-{{- $wanted = append $wanted (dict "label" "model" "uri" $root.Values.sft.model.uri "spec" $root.Values.sft.model) -}}
+{{- $wanted = append $wanted (dict "label" "model" "uri" $root.Values.sft.model.uri "spec" (include "kleash.modelSpec" (dict "own" $root.Values.sft.model "from" dict) | fromJson)) -}}
 {{- else if eq .component "reward-model" -}}
-{{- $wanted = append $wanted (dict "label" "model" "uri" (include "kleash.rewardModelBaseUri" $root) "spec" $root.Values.rewardModel.model) -}}
+{{- $wanted = append $wanted (dict "label" "model" "uri" (include "kleash.rewardModelBaseUri" $root) "spec" (include "kleash.modelSpec" (dict "own" $root.Values.rewardModel.model "from" dict) | fromJson)) -}}
 {{- else if has .component (list "policy" "reward" "reference" "packed") -}}
 {{- $services := ternary $root.Values.packed.services (list .component) (eq .component "packed") -}}
 {{- range $service := $services -}}
-{{- $spec := (index $root.Values $service).model -}}
-{{- $wanted = append $wanted (dict "label" $service "uri" (include "kleash.modelUri" (dict "root" $root "service" $service)) "spec" $spec) -}}
+{{- $spec := include "kleash.serviceModel" (dict "root" $root "service" $service) | fromJson -}}
+{{- $wanted = append $wanted (dict "label" $service "uri" $spec.uri "spec" $spec) -}}
 {{- end -}}
 {{- end -}}
 {{- $items := list -}}
@@ -99,14 +122,24 @@ each folder once. Takes root, component.
 {{- toJson (dict "items" $items) -}}
 {{- end -}}
 
+{{- define "kleash.trainerModel" -}}
+{{- $policy := include "kleash.serviceModel" (dict "root" . "service" "policy") | fromJson -}}
+{{- include "kleash.modelSpec" (dict "own" .Values.trainer.model "from" $policy) -}}
+{{- end -}}
+
+{{- define "kleash.trainerRewardModel" -}}
+{{- $reward := include "kleash.serviceModel" (dict "root" . "service" "reward") | fromJson -}}
+{{- include "kleash.modelSpec" (dict "own" .Values.trainer.rewardModel "from" $reward) -}}
+{{- end -}}
+
 {{- define "kleash.trainerModelUri" -}}
-{{- default (include "kleash.modelUri" (dict "root" . "service" "policy")) .Values.trainer.model.uri -}}
+{{- (include "kleash.trainerModel" . | fromJson).uri -}}
 {{- end -}}
 
 {{/* Empty when the value network starts from the policy and needs no reward model. */}}
 {{- define "kleash.trainerRewardModelUri" -}}
 {{- if ne (dig "value" "init" "" .Values.trainer.config) "policy" -}}
-{{- default (include "kleash.modelUri" (dict "root" . "service" "reward")) .Values.trainer.rewardModel.uri -}}
+{{- (include "kleash.trainerRewardModel" . | fromJson).uri -}}
 {{- end -}}
 {{- end -}}
 

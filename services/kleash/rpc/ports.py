@@ -24,6 +24,7 @@ def bind(
 
     Raises UserError that names ``key``, the port's in the configuration.
     """
+    host = _without_ipv6(host)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
@@ -46,6 +47,17 @@ def bind(
         raise UserError(f"port {port} on {host} is in use; choose another with --{key}.") from None
 
 
+def _without_ipv6(host: str) -> str:
+    """``host``, but 0.0.0.0 in place of ::, every address, where the kernel has no IPv6."""
+    if host != "::":
+        return host
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+    except OSError:
+        return "0.0.0.0"
+    return host
+
+
 def _port_error(error: OSError, host: str, port: int, key: str) -> UserError:
     if error.errno == errno.EADDRNOTAVAIL:
         return UserError(
@@ -60,6 +72,7 @@ def serve_metrics(host: str, port: int) -> Callable[[], None] | None:
     """Start the /metrics page, unless ``port`` is 0; returns what ends it."""
     if not port:
         return None
+    host = _without_ipv6(host)
     prometheus_client.disable_created_metrics()
     try:
         page, thread = prometheus_client.start_http_server(port, addr=host)

@@ -34,18 +34,25 @@
 {{- $callers := include "kleash.callersOf" (merge (dict "keys" .services) .) | fromJsonArray -}}
 - from:
     {{- include "kleash.peers" (dict "root" .root "components" $callers) | nindent 4 }}
-    {{- if has "reward" .services }}
-    {{- with $policy.rewardClients }}
+    {{- range .services }}
+    {{- with index $policy (printf "%sClients" .) }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
     {{- end }}
   ports:
     {{- include "kleash.tcp" (list 50051) | nindent 4 }}
 {{- else if eq .component "trainer" -}}
+{{- if or .root.Values.policy.enabled $policy.weightsClients }}
 - from:
+    {{- if .root.Values.policy.enabled }}
     {{- include "kleash.peers" (dict "root" .root "components" (list (include "kleash.componentOf" (dict "root" .root "service" "policy")))) | nindent 4 }}
+    {{- end }}
+    {{- with $policy.weightsClients }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   ports:
     {{- include "kleash.tcp" (list 50061) | nindent 4 }}
+{{- end }}
 - from:
     {{- include "kleash.peers" (dict "root" .root "components" (list "test")) | nindent 4 }}
     {{- with $policy.trainerClients }}

@@ -1,9 +1,21 @@
 {{/*
+Most pods that a component may have: an autoscaler's limit; 2, which stands for several, where null
+leaves the number to others. Takes the values of a component.
+*/}}
+{{- define "kleash.mostReplicas" -}}
+{{- if (.autoscaling).enabled -}}
+{{- int .autoscaling.maxReplicas -}}
+{{- else -}}
+{{- ternary 2 (int .replicas) (kindIs "invalid" .replicas) -}}
+{{- end -}}
+{{- end -}}
+
+{{/*
 How pods are replaced: a new one first where there is room for it; with accelerators an old one
 first, as there seldom is a spare one. Takes the values of a component.
 */}}
 {{- define "kleash.strategy" -}}
-{{- $replicas := ternary (int (.autoscaling).minReplicas) (int (default 1 .replicas)) (eq (.autoscaling).enabled true) -}}
+{{- $replicas := include "kleash.mostReplicas" . | int -}}
 {{- $hasDevices := or (gt (int .gpu.count) 0) (gt (len .resourceClaims) 0) -}}
 {{- $isChosen := not (and (kindIs "invalid" .strategy.maxSurge) (kindIs "invalid" .strategy.maxUnavailable)) -}}
 {{- $type := ternary "Recreate" "RollingUpdate" (and $hasDevices (le $replicas 1) (not $isChosen)) -}}
@@ -21,7 +33,8 @@ rollingUpdate:
 {{- $startup := .root.Values.probes.startup -}}
 {{- $seconds := add 600 (mul (int $startup.periodSeconds) (int $startup.failureThreshold)) -}}
 {{- range .workload.services -}}
-{{- $seconds = add $seconds (int (index $.root.Values .).model.waitSeconds) -}}
+{{- $model := include "kleash.serviceModel" (dict "root" $.root "service" .) | fromJson -}}
+{{- $seconds = add $seconds (int $model.waitSeconds) -}}
 {{- end -}}
 {{- $seconds -}}
 {{- end -}}
