@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 S3_VENV := build/s3-server
+CLIENT_VENVS := build/clients
 STAMP := $(VENV)/.installed
 CHECKOV_VENV := .venv-checkov
 TOOLS := build/tools
+# Processes that pytest divides the files of tests among; 0 runs them one after the other.
+WORKERS ?= logical
 HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
 .PHONY: setup demo test check bench protos protos-check lint types imports clean help
-.PHONY: image test-image apt-tools
+.PHONY: image test-image apt-tools client-venvs
 .PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards chart-readme
 
 help:  ## list the targets
@@ -30,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## all three stages of RLHF on the small world, from nothing, on the CPU
 	$(BIN)/kleash demo
 
-test: check k8s-tools checkov $(S3_VENV)/.installed  ## every check and every test that this machine can run
-	$(BIN)/python -m pytest
+test: check k8s-tools checkov $(S3_VENV)/.installed client-venvs  ## every check and every test that this machine can run
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=loadfile
 
 check: lint types imports protos-check manifests-check  ## linters, types, layer contracts, generated code
 
@@ -62,6 +65,10 @@ $(S3_VENV)/.installed:
 	$(PYTHON) -m venv $(S3_VENV)
 	$(S3_VENV)/bin/python -m pip install --quiet 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
 	touch $@
+
+# The tests of the client with the oldest and the newest packages that it takes, on each Python found.
+client-venvs: $(STAMP)  ## environments with nothing but the client's packages, oldest and newest
+	$(BIN)/python tests/services/client_venvs.py $(CLIENT_VENVS)
 
 protos: $(PROTO_VENV)/.installed  ## generate the protobuf code
 	cd protos && ../$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.warm import WarmProcess
 
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.services import Services, connect
@@ -39,7 +41,7 @@ class ServiceProcess:
     model: Path
     log: Path
     port: int
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | WarmProcess | None = None
 
     @property
     def address(self) -> str:
@@ -66,8 +68,10 @@ class ServiceProcess:
             self.process.terminate()
 
 
-def start_process(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start_process(command: list[str], log: Path) -> subprocess.Popen[bytes] | WarmProcess:
     """Start a command with one compute thread, its output in ``log``."""
+    if command[0] == sys.executable:
+        return WarmProcess(command, log)
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
@@ -148,7 +152,7 @@ class TrainerProcess:
 
     out: Path
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | WarmProcess
 
     def wait_for_steps(self, count: int) -> None:
         """Until ``count`` steps are in metrics.jsonl."""

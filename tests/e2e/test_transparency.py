@@ -79,6 +79,9 @@ class _Of:
     service: Any
     method: str
 
+    def pinned(self, revision: str) -> _Of:
+        return replace(self, service=self.service.pinned(revision))
+
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.service, name)
         if name != self.method:

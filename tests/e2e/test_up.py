@@ -78,7 +78,7 @@ def _is_alive(pid: int) -> bool:
 def test_a_killed_service_is_restarted_and_the_run_completes(
     tiny_folder: Path, tiny_reward_folder: Path, tmp_path: Path
 ) -> None:
-    process = _start(tiny_folder, tiny_reward_folder, tmp_path, "--ppo.total_steps=40")
+    process = _start(tiny_folder, tiny_reward_folder, tmp_path, "--ppo.total_steps=12")
     _wait(lambda: len(_steps(tmp_path)) >= 2, process)
     first = _pids(tmp_path)
     os.kill(first["reward"], signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_a_killed_service_is_restarted_and_the_run_completes(
     assert second["policy"] != first["policy"]
     assert second["reference"] == first["reference"]
     steps = _steps(tmp_path)
-    assert [row["step"] for row in steps] == list(range(1, 41))
+    assert [row["step"] for row in steps] == list(range(1, 13))
     # The restarted policy began with the weights of version 0 and was given the trainer's again.
     assert max(row["behaviour_gap_max"] for row in steps) < 1e-4
     assert (tmp_path / "run" / "policy" / "model.safetensors").exists()

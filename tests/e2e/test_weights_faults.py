@@ -24,6 +24,7 @@ from tests.e2e.conftest import START_S, Cluster, start_process
 from tests.e2e.faulty_publisher import PHASES as PUBLISHER_PHASES
 from tests.e2e.faulty_publisher import weights_of
 from tests.e2e.faulty_replica import PHASES as REPLICA_PHASES
+from tests.e2e.warm import WarmProcess
 
 from kleash.client.policy import PolicyClient
 from kleash.client.types import Prompt, Sampling
@@ -62,7 +63,7 @@ class Replica:
     model: Path
     log: Path
     port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | WarmProcess | None = None
 
     @property
     def address(self) -> str:
@@ -178,20 +179,18 @@ def check_sound(replicas: list[Replica], store: Path) -> None:
             np.testing.assert_allclose(its.log_probs, expected, atol=1e-5)
 
 
-def start_publisher(
-    store: Path, replicas: list[Replica], phase: str, versions: int
-) -> subprocess.Popen[str]:
-    command = [
+def publisher_command(store: Path, replicas: list[Replica], phase: str, versions: int) -> list[str]:
+    return [
         sys.executable, str(HERE / "faulty_publisher.py"), str(replicas[0].model), str(store),
         str(next(fences)), phase, str(versions), *(replica.address for replica in replicas),
     ]  # fmt: skip
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("phase", PUBLISHER_PHASES)
 def test_a_publisher_is_killed(fleet: list[Replica], tmp_path: Path, phase: str) -> None:
-    with start_publisher(tmp_path / "weights", fleet, phase, 2) as process:
-        assert process.wait(START_S) == -signal.SIGKILL
+    command = publisher_command(tmp_path / "weights", fleet, phase, 2)
+    process = start_process(command, tmp_path / "publisher.log")
+    assert process.wait(START_S) == -signal.SIGKILL
     check_sound(fleet, tmp_path / "weights")
     with publishing(tmp_path / "weights", fleet) as publisher:  # the trainer that is started again
         for version in (1, 2, 3):
@@ -228,7 +227,8 @@ def test_a_replica_is_killed(
 
 
 def test_an_old_trainer_wakes_up(fleet: list[Replica], tmp_path: Path) -> None:
-    with start_publisher(tmp_path / "old", fleet, "pause", 3) as old:
+    command = publisher_command(tmp_path / "old", fleet, "pause", 3)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as old:
         assert old.stdout is not None
         assert [old.stdout.readline() for _ in range(3)][2] == "pause\n"
         old.send_signal(signal.SIGSTOP)
@@ -329,6 +329,12 @@ def test_a_wrong_base_is_refused(fleet: list[Replica], tmp_path: Path) -> None:
         check_sound(fleet[:1], tmp_path / "weights")
 
 
+def decisions(out: Path) -> list[list[int]]:
+    """The replicas of every version that was decided, oldest first."""
+    log = read_log(out / "weights")
+    return [row["replicas"] for row in log if row["event"] == "deciding"]
+
+
 def test_a_run_loses_a_replica_and_gets_another(
     cluster: Cluster, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -357,12 +363,13 @@ def test_a_run_loses_a_replica_and_gets_another(
                 lambda: answers(weights.get_weights) and weights.get_weights().version > lost_at,
                 "a replica that has caught up",
             )
-        trainer.wait_for_steps(len(Cluster.steps(config.out)) + 2)
+        # It catches up by itself before the trainer has found it again.
+        trainer.wait_until(lambda: len(decisions(config.out)[-1]) == 2, "publish to both")
         assert trainer.end(signal.SIGTERM) == 128 + signal.SIGTERM, trainer.log.read_text()
         steps = [row["step"] for row in Cluster.steps(config.out)]
         assert steps == list(range(1, len(steps) + 1))
         log = read_log(config.out / "weights")
-        decided = [len(row["replicas"]) for row in log if row["event"] == "deciding"]
+        decided = [len(each) for each in decisions(config.out)]
         assert (decided[0], decided[-1]) == (2, 2)
         assert 1 in decided
         head = [row for row in log if row["event"] == "committed"][-1]

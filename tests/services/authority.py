@@ -10,7 +10,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -124,6 +124,8 @@ class TokenReviewer:
         self.entered = threading.Event()
         self.knows_audiences = True
         self.status = 201
+        self.garbles: Callable[[str], str] | None = None
+        """Makes something else of an answer."""
         self._secret = b"signs tokens"
 
     def token(
@@ -174,6 +176,11 @@ class TokenReviewer:
                 is_path = self.path == "/apis/authentication.k8s.io/v1/tokenreviews"
                 code = (reviewer.status if is_path else 404) if is_known else 401
                 text = json.dumps(reviewer.review(json.loads(body)) if code == 201 else {})
+                if reviewer.garbles:
+                    text = reviewer.garbles(text)
+                if not text.startswith("{"):
+                    self.wfile.write(text.encode())
+                    return
                 self.send_response(code)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()

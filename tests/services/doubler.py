@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,9 +169,14 @@ def hold(service: Doubler, stub: Any, *ids: int) -> grpc.Future:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """This file as a server of its own; yields it and its address, ended by the test or here."""
-    command = [sys.executable, str(Path(__file__)), *arguments]
+def process(
+    *arguments: str, before: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """This file as a server of its own; yields it and its address, ended by the test or here.
+
+    ``before``: the beginning of the command, of a program that starts it.
+    """
+    command = [*before, sys.executable, str(Path(__file__)), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

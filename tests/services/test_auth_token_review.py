@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def away(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> TokenRe
 def reviewer(away: TokenReviewer, pair: Pair) -> Iterator[TokenReviewer]:
     with listening(away, pair):
         yield away
+
+
+@pytest.fixture
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients are not sent away for long before they give up."""
+    monkeypatch.setattr(token_review, "RETRY_S", 0.05)
 
 
 @pytest.fixture
@@ -241,6 +248,7 @@ def test_the_client_waits_for_an_api_server_that_comes_back(
     assert service.callers == [NAME]
 
 
+@pytest.mark.usefixtures("_hasty")
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [(401, "system:auth-delegator"), (403, "system:auth-delegator"), (500, "HTTP 500")],
@@ -261,6 +269,32 @@ def test_an_api_server_that_refuses_us_is_the_operators_matter(
     assert sentence in caplog.text
 
 
+@pytest.mark.usefixtures("_hasty")
+@pytest.mark.parametrize(
+    ("garbles", "sentence"),
+    [
+        (lambda text: text.replace("status", "state"), r"bytes of the answer are no TokenReview"),
+        (lambda text: text[:-1], r"bytes of the answer are no TokenReview"),
+        (lambda text: f"HTTP/1.1 OK {text}", "the answer is no HTTP: BadStatusLine"),
+    ],
+)
+def test_no_answer_is_logged(
+    server: BackgroundServer,
+    reviewer: TokenReviewer,
+    caplog: pytest.LogCaptureFixture,
+    garbles: Callable[[str], str],
+    sentence: str,
+) -> None:
+    """An API server repeats the request in it, and the token with that."""
+    reviewer.garbles = garbles
+    token = reviewer.token("rlhf:trainer")
+    with caplog.at_level(logging.DEBUG, "kleash"):
+        assert isinstance(refusal(server, token), Unavailable)
+    assert sentence in caplog.text
+    assert token[:20] not in caplog.text
+
+
+@pytest.mark.usefixtures("_hasty")
 def test_an_api_server_of_another_authority_is_not_asked(
     server: BackgroundServer, reviewer: TokenReviewer, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -132,7 +133,10 @@ def test_a_gated_model_names_the_remedy(model: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
     sentence = error_of(fetch(hub, tmp_path, "hf://org/model@nowhere"))
-    assert sentence == "hf://org/model has no revision 'nowhere'."
+    assert sentence == (
+        "hf://org/model has no revision 'nowhere'; give a commit, branch or tag that the "
+        "repository's page lists."
+    )
     assert "hf://org/none@main does not exist" in error_of(
         fetch(hub, tmp_path, "hf://org/none@main")
     )
@@ -150,8 +154,11 @@ def test_bytes_that_are_not_what_the_hub_says_are_not_taken(
 ) -> None:
     hub.told_sha256[WEIGHTS] = "ab" * 32
     done = fetch(hub, tmp_path, "hf://org/model@main")
-    sentence = f"cannot read {WEIGHTS} (what arrived does not hash to sha256:{'ab' * 32})."
-    assert error_of(done) == sentence
+    sha256 = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
+    assert error_of(done) == (
+        f"cannot use {WEIGHTS} (what arrived hashes to sha256:{sha256} and not to "
+        f"sha256:{'ab' * 32}); fetch it again, and upload it again if it stays so."
+    )
     assert done.returncode == 3
     assert not (tmp_path / "out").exists()
     hub.told_sha256.clear()
@@ -166,5 +173,8 @@ def test_a_hub_that_does_not_answer(hub: Hub, model: Path, tmp_path: Path) -> No
     assert done.returncode == 3
     assert error_of(done).startswith("cannot read hf://org/model@main (")
     offline = fetch(hub, tmp_path, "hf://org/model@main", HF_HUB_OFFLINE="1")
-    assert error_of(offline) == "hf://org/model@main cannot be fetched: HF_HUB_OFFLINE is set."
+    assert error_of(offline) == (
+        "hf://org/model@main cannot be fetched, as HF_HUB_OFFLINE is set; unset it, or give a "
+        "folder that holds the model."
+    )
     assert offline.returncode == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -214,3 +217,29 @@ def test_a_signal_ends_a_process_that_still_loads() -> None:
         server.terminate()
         assert server.wait(WAIT_S) == 0
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_server_at_once(number: signal.Signals) -> None:
+    """Though a call runs that would have a minute to end."""
+    options = ("--compute_s=60.0", "--drain_grace_s=60.0", "--drain_delay_s=60.0")
+    with process(*options) as (server, address), client(address, retry=False) as stub:
+        stub.LogProbs.future(request_of([1]), timeout=WAIT_S)
+        server.send_signal(number)
+        eventually(lambda: health_of(address, SERVICE) == "NOT_SERVING")
+        server.send_signal(number)
+        assert server.wait(WAIT_S) == 128 + number
+
+
+def test_a_second_signal_ends_process_one_of_a_container_at_once() -> None:
+    """The kernel drops what process 1 has no handler for, so that "as before" would be nothing."""
+    if os.geteuid() or shutil.which("unshare") is None:
+        pytest.skip("a process 1 of one's own needs root and unshare")
+    namespace = ("unshare", "--pid", "--fork", "--kill-child")
+    with process("--drain_delay_s=60.0", before=namespace) as (outer, address):
+        children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+        first_process = int(children.read_text().split()[0])
+        os.kill(first_process, signal.SIGTERM)
+        eventually(lambda: health_of(address, SERVICE) == "NOT_SERVING")
+        os.kill(first_process, signal.SIGTERM)
+        assert outer.wait(WAIT_S) == 128 + signal.SIGTERM

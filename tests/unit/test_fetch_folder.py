@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -18,9 +19,9 @@ import pytest
 from kleash.base.errors import ModelError, UserError
 from kleash.base.lock_file import take_lock
 from kleash.cli.main import main
+from kleash.sources import copying, waiting
 from kleash.sources import fetch as fetching
-from kleash.sources import waiting
-from kleash.sources.errors import SourceUnavailable
+from kleash.sources.errors import NoSpaceError, SourceUnavailable
 from kleash.sources.fetch import FetchConfig, Fetched, fetch
 
 pytestmark = pytest.mark.unit
@@ -244,8 +245,55 @@ def test_a_full_volume_is_found_before_the_first_byte(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"the model needs 0\.00 GB, and .* has 0\.00 GB; enlarge"):
+    size = sum(path.stat().st_size for path in model.iterdir()) / 1e3
+    with pytest.raises(NoSpaceError) as caught:
         fetch_to(tmp_path / "copy", model)
+    volume = next(path for path in tmp_path.parents if path.is_mount())
+    assert str(caught.value) == (
+        f"the volume {volume} leaves no room for the model in {tmp_path}: {size:.2f} kB more are "
+        "needed, and 1.00 kB are free; enlarge the volume or free some."
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "beginning"), [(errno.ENOSPC, "the volume /"), (errno.EDQUOT, "a quota on the volu")]
+)
+def test_a_volume_that_others_fill_meanwhile_may_be_tried_again(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    beginning: str,
+) -> None:
+    """Status 1: 2 is for what another try cannot mend, and a Job is given up at it."""
+
+    def write(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(copying._Writer, "write", write)
+    assert main(["fetch", str(model), f"--out={tmp_path / 'copy'}"]) == 1
+    sentence = capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+    size = sum(path.stat().st_size for path in model.iterdir()) / 1e3
+    assert sentence.startswith(beginning)
+    assert f"leaves no room for the model in {tmp_path}: {size:.2f} kB more are" in sentence
+
+
+def test_a_small_volume_is_named(model: Path, tmp_path: Path) -> None:
+    """A real one: its last bytes go to a file that is written with the model."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    script = (
+        'mount -t tmpfs -o size=300k none "$1" && head -c 250000 /dev/zero >"$1/other" &&'
+        ' exec "$2" -m kleash.cli fetch "$3" --out="$1/copy"'
+    )
+    arguments = [str(volume), sys.executable, str(model)]
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *arguments]
+    if os.geteuid() or shutil.which("unshare") is None:
+        pytest.skip("mounting a volume needs root and unshare")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert f"the volume {volume} leaves no room for the model in {volume}: " in done.stderr
 
 
 def test_a_volume_that_fills_up_is_one_sentence(model: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from kleash.client.calls import ItemError
 from kleash.client.policy import PolicyClient
 from kleash.client.reference import ReferenceClient
 from kleash.client.reward import Comparison, RewardClient, Score
+from kleash.client.reward_aio import AsyncRewardClient
 from kleash.client.trainer import TrainerClient
 from kleash.client.types import GeneratedSequence, Prompt, Sampling, Tokens, VersionSpan
 from kleash.client.weights import WeightsClient
@@ -32,6 +33,7 @@ from kleash.rpc.errors import (
 )
 
 __all__ = [
+    "AsyncRewardClient",
     "Cancelled",
     "Comparison",
     "Credentials",

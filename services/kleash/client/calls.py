@@ -1,8 +1,11 @@
-"""What the scoring clients share: calls that fit a server's limits, and errors of single items."""
+"""What the scoring clients share: calls that fit a server's limits, waits, item errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,7 +14,14 @@ import grpc
 
 from kleash.base.errors import RemoteError
 from kleash.common.v1 import common_pb2
-from kleash.rpc.errors import PreconditionFailed, from_rpc_error
+from kleash.rpc.aio_channel import AioChannel
+from kleash.rpc.errors import (
+    Cancelled,
+    Overloaded,
+    PreconditionFailed,
+    ServiceError,
+    from_rpc_error,
+)
 
 Call = Callable[[str, Any], Any]
 """Send a request to the method of that name and return its response."""
@@ -99,13 +109,100 @@ def check_one_revision(served: Sequence[common_pb2.ServedModel]) -> None:
         )
 
 
-def remote_call(stub: Any, *, address: str, timeout_s: float) -> Call:
-    """Calls over gRPC: a deadline on each, errors as kleash.rpc.errors."""
+class Patience:
+    """How long one call may take, and how much of that it may wait for an overloaded service.
+
+    gRPC itself has tried five times before this is asked, each after the wait that the server
+    named.
+    """
+
+    def __init__(self, *, timeout_s: float, max_wait_s: float) -> None:
+        self._ends = time.monotonic() + timeout_s
+        self._wait_left_s = max_wait_s
+
+    @property
+    def left_s(self) -> float:
+        """Until the deadline, for the next attempt."""
+        return max(self._ends - time.monotonic(), 0.001)
+
+    def pause_s(self, error: ServiceError) -> float:
+        """How long to wait before the next attempt.
+
+        Raises ``error`` when it is no overload that a time to retry came with, or when that time
+        is past the deadline or past what is left of ``max_wait_s``.
+        """
+        if not isinstance(error, Overloaded) or error.retry_after_s is None:
+            raise error
+        # Callers that were refused together do not come back together.
+        pause = error.retry_after_s * random.uniform(1.0, 1.2)
+        if pause > self._wait_left_s or pause >= self.left_s:
+            raise error
+        self._wait_left_s -= pause
+        return pause
+
+
+def remote_call(stub: Any, *, address: str, timeout_s: float, max_wait_s: float = 0.0) -> Call:
+    """Calls over gRPC: a deadline on each, waits included, errors as kleash.rpc.errors."""
 
     def call(method: str, request: Any) -> Any:
-        try:
-            return getattr(stub, method)(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=address) from None
+        patience = Patience(timeout_s=timeout_s, max_wait_s=max_wait_s)
+        while True:
+            try:
+                return getattr(stub, method)(request, timeout=patience.left_s)
+            except grpc.RpcError as error:
+                fault = from_rpc_error(error, address=address)
+            time.sleep(patience.pause_s(fault))
 
     return call
+
+
+AioCall = Callable[[str, Any], Awaitable[Any]]
+"""As Call, for asyncio."""
+
+
+async def run_aio_calls(
+    function: Callable[[Q], Awaitable[A]], requests: Sequence[Q], *, parallel: int
+) -> list[A]:
+    """As run_calls. The first error, or a cancellation, cancels the calls that are under way."""
+    room = asyncio.Semaphore(parallel)
+
+    async def run(request: Q) -> A:
+        async with room:
+            return await function(request)
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            answers = [tasks.create_task(run(request)) for request in requests]
+    except BaseExceptionGroup as faults:
+        raise faults.exceptions[0] from None
+    return [answer.result() for answer in answers]
+
+
+def aio_remote_call(
+    channel: AioChannel, *, address: str, timeout_s: float, max_wait_s: float
+) -> AioCall:
+    """As remote_call, for asyncio. Cancelling the task cancels the call on the server, too."""
+
+    async def call(method: str, request: Any) -> Any:
+        patience = Patience(timeout_s=timeout_s, max_wait_s=max_wait_s)
+        while True:
+            try:
+                async with channel.call() as (stub, metadata):
+                    return await getattr(stub, method)(
+                        request, timeout=patience.left_s, metadata=metadata
+                    )
+            except grpc.RpcError as error:
+                fault = from_rpc_error(error, address=address)
+            except asyncio.CancelledError:
+                raise_if_closed()
+                raise
+            await asyncio.sleep(patience.pause_s(fault))
+
+    return call
+
+
+def raise_if_closed() -> None:
+    """Raise Cancelled where it was a call that was cancelled and not the task that awaits it."""
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        raise Cancelled("the client was closed while the call was under way.") from None

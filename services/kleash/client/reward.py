@@ -2,98 +2,50 @@
 
 with RewardClient("reward:50051") as reward:
     print(reward.score_texts(["..."])[0].score)
+
+AsyncRewardClient, for asyncio, is in reward_aio.py; what both send is in reward_messages.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+import copy
+import dataclasses
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
-import numpy as np
 
-from kleash.client.calls import (
-    Call,
-    Cost,
-    ItemError,
-    check_one_revision,
-    item_code,
-    remote_call,
-    run_calls,
-    split_calls,
-    text_cost,
-    token_cost,
+from kleash.client.calls import Call, remote_call, run_calls
+from kleash.client.reward_messages import (
+    TOO_LARGE,
+    Comparison,
+    KnownLimits,
+    ListKeywords,
+    Messages,
+    Plan,
+    RewardPlans,
+    Score,
+    ScoreKeywords,
+    Truncation,
+    input_item,
+    options,
+    read_score,
+    token_item,
 )
+from kleash.client.reward_settings import ClientOptions, OptionKeywords, settings_from_env
 from kleash.client.types import Tokens
 from kleash.common.v1 import common_pb2
 from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
 from kleash.rpc.channel import connect
-from kleash.rpc.codec import decode_floats, encode_ids
 from kleash.rpc.credentials import Credentials
-from kleash.rpc.errors import InternalError, from_rpc_error
+from kleash.rpc.errors import InvalidRequest, from_rpc_error
+
+__all__ = ["Comparison", "RewardCalls", "RewardClient", "Score", "Truncation"]
 
 SERVICE = "kleash.reward.v1.RewardService"
+METHODS_TO_RETRY = ("Score", "Compare", "CountTokens", "GetModel", "ListModels")
 
-Truncation = Literal["error", "left", "right"]
-Messages = Sequence[Mapping[str, str]]
-"""Turns, oldest first: [{"role": "user", "content": "..."}, ...]."""
-
-_TRUNCATIONS = {
-    "error": reward_pb2.TRUNCATION_ERROR,
-    "left": reward_pb2.TRUNCATION_LEFT,
-    "right": reward_pb2.TRUNCATION_RIGHT,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """The outcome of one item. Reading ``score`` of a failed one raises: never NaN or None."""
-
-    index: int
-    """Position of the item in the list that was given."""
-    code: str
-    """"OK", "INPUT_TOO_LONG", "INVALID_INPUT" or "NON_FINITE"."""
-    error_message: str
-    """Cause when the code is not OK."""
-    token_count: int
-    """Tokens that the model saw."""
-    is_truncated: bool
-    token_scores: np.ndarray | None
-    """float32, one per token, when asked for."""
-    revision: str
-    """Digest of the weights that produced it."""
-    value: float
-    """The score of an OK item, 0 otherwise; read ``score``."""
-
-    @property
-    def is_ok(self) -> bool:
-        return self.code == "OK"
-
-    @property
-    def score(self) -> float:
-        """The score. Raises ItemError when the item failed."""
-        self.check()
-        return self.value
-
-    def check(self) -> None:
-        """Raise ItemError when the item failed."""
-        if not self.is_ok:
-            raise ItemError(self.index, self.code, self.error_message)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Candidates ranked by the reward model."""
-
-    scores: list[Score]
-    """In the order of the responses."""
-    ranking: list[int]
-    """Indices of the responses, best first; failed ones are missing."""
-    preference: list[float]
-    """Probability that the best beats each response, in their order; 0 for failed ones."""
+R = TypeVar("R")
 
 
 class RewardCalls:
@@ -103,152 +55,99 @@ class RewardCalls:
         self, call: Call, *, model: str = "", revision: str = "", parallel_calls: int = 1
     ) -> None:
         self._call = call
-        self._model = model
-        self._revision = revision
+        self._plans = RewardPlans(model, revision)
         self._parallel_calls = parallel_calls
+        self._limits = KnownLimits()
+
+    def pinned(self, revision: str) -> Self:
+        """The same with calls that this revision alone answers.
+
+        They raise NotFound, REVISION_NOT_SERVED, where it is not served.
+        """
+        other = copy.copy(self)
+        other._plans = RewardPlans(self._plans.model, revision)
+        return other
 
     def get_model(self) -> reward_pb2.GetModelResponse:
-        """Name, revision, digests, normalization and limits of the served model."""
-        return self._call("GetModel", reward_pb2.GetModelRequest())
+        """Name, revision, digests, normalization, components and limits of the served model."""
+        return self._call("GetModel", self._plans.get_model())
+
+    def list_models(self) -> list[common_pb2.ServedModel]:
+        """Name and newest revision of each served model, the default one first."""
+        return list(self._call("ListModels", reward_pb2.ListModelsRequest()).models)
 
     def score_tokens(
         self,
         sequences: Sequence[Tokens],
         *,
         tokenizer_sha256: str,
-        normalize: bool = True,
-        isolate: bool = False,
-        truncation: Truncation = "error",
-        return_token_scores: bool = False,
-        raise_on_item_error: bool = True,
+        **keywords: Unpack[ListKeywords],
     ) -> list[Score]:
         """Score token ids, in order.
 
-        Args:
-            tokenizer_sha256: digest of the tokenizer that made the ids; another one than the
-                server's raises PreconditionFailed.
-            normalize: (score - mean) / std with the figures stored in the model's folder.
-            isolate: compute apart from other callers' items, so that the same call gives the
-                same bits.
-            raise_on_item_error: raise ItemError for the first item without a score; False
-                returns it with its code.
+        ``tokenizer_sha256`` is the digest of the tokenizer that made the ids; another one than the
+        server's raises PreconditionFailed. The other keywords are those of ListKeywords.
         """
-        options = _options(normalize, isolate, truncation, return_token_scores)
-        items = [_token_item(sequence, tokenizer_sha256) for sequence in sequences]
-        costs = [token_cost(len(sequence.ids)) for sequence in sequences]
-        return self._score(items, costs, options, raise_on_item_error)
+        items = [token_item(sequence, tokenizer_sha256) for sequence in sequences]
+        return self._run(self._plans.score(items, **keywords)) if items else []
 
-    def score_texts(
-        self,
-        texts: Sequence[str],
-        *,
-        normalize: bool = True,
-        isolate: bool = False,
-        truncation: Truncation = "error",
-        return_token_scores: bool = False,
-        raise_on_item_error: bool = True,
-    ) -> list[Score]:
-        """Score texts as they stand, special tokens included, in order."""
-        options = _options(normalize, isolate, truncation, return_token_scores)
-        items = [reward_pb2.ScoreItem(text=text) for text in texts]
-        return self._score(items, [text_cost(t) for t in texts], options, raise_on_item_error)
+    def score_texts(self, texts: Sequence[str], **keywords: Unpack[ListKeywords]) -> list[Score]:
+        """Score texts as they stand, special tokens included, in order. Keywords: ListKeywords."""
+        return self.score(texts, **keywords)
 
     def score_conversations(
-        self,
-        conversations: Sequence[Messages],
-        *,
-        normalize: bool = True,
-        isolate: bool = False,
-        truncation: Truncation = "error",
-        return_token_scores: bool = False,
-        raise_on_item_error: bool = True,
+        self, conversations: Sequence[Messages], **keywords: Unpack[ListKeywords]
     ) -> list[Score]:
-        """Score conversations, which the model's chat template renders on the server, in order."""
-        options = _options(normalize, isolate, truncation, return_token_scores)
-        items = [reward_pb2.ScoreItem(conversation=_conversation(c)) for c in conversations]
-        costs = [_conversation_cost(c) for c in conversations]
-        return self._score(items, costs, options, raise_on_item_error)
+        """Score conversations, which the model's chat template renders on the server, in order.
+
+        Keywords: ListKeywords.
+        """
+        return self.score(conversations, **keywords)
+
+    def score(
+        self, inputs: Sequence[str | Messages], **keywords: Unpack[ListKeywords]
+    ) -> list[Score]:
+        """Score texts and conversations together, in order. Keywords: ListKeywords."""
+        items = [input_item(each) for each in inputs]
+        return self._run(self._plans.score(items, **keywords)) if items else []
 
     def compare(
-        self,
-        prompt: str | Messages,
-        responses: Sequence[str],
-        *,
-        normalize: bool = True,
-        isolate: bool = False,
-        truncation: Truncation = "error",
+        self, prompt: str | Messages, responses: Sequence[str], **keywords: Unpack[ScoreKeywords]
     ) -> Comparison:
-        """Rank at least two responses to one prompt (a user's text, or messages)."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        response = self._call(
-            "Compare",
-            reward_pb2.CompareRequest(
-                model=self._model,
-                prompt=_conversation(messages),
-                responses=responses,
-                options=_options(normalize, isolate, truncation, return_token_scores=False),
-            ),
-        )
-        served = response.served_model
-        scores = [_score(i, result, served) for i, result in enumerate(response.results)]
-        return Comparison(scores, list(response.ranking), list(response.preference))
+        """Rank at least two responses to one prompt (a user's text, or messages).
+
+        Keywords: ScoreKeywords.
+        """
+        return self._run(self._plans.compare(prompt, responses, **keywords))
 
     def count_tokens(self, inputs: Sequence[str | Messages]) -> list[int]:
-        """Tokens of each text or conversation as the model would see it."""
-        items = [
-            reward_pb2.ScoreItem(text=each)
-            if isinstance(each, str)
-            else reward_pb2.ScoreItem(conversation=_conversation(each))
-            for each in inputs
-        ]
-        costs = [
-            text_cost(each) if isinstance(each, str) else _conversation_cost(each)
-            for each in inputs
-        ]
-        responses = self._calls(
-            "CountTokens", lambda part: reward_pb2.CountTokensRequest(items=items[part]), costs
-        )
-        return [count for response in responses for count in response.token_counts]
+        """Tokens of each text or conversation as the model would see it, before any truncation."""
+        items = [input_item(each) for each in inputs]
+        return self._run(self._plans.count_tokens(items)) if items else []
 
-    @cached_property
-    def _limits(self) -> common_pb2.Limits:
-        return self.get_model().limits
+    def _run(self, plan: Plan[R]) -> R:
+        limits = self._known_limits()
+        try:
+            return self._attempt(plan, limits)
+        except InvalidRequest as error:
+            # A server with smaller limits has taken the place of the one that told them.
+            self._limits.value = None
+            if error.reason != TOO_LARGE or (fresh := self._known_limits()) == limits:
+                raise
+        return self._attempt(plan, fresh)
 
-    def _calls(self, method: str, request: Callable[[slice], Any], costs: list[Cost]) -> list[Any]:
-        if not costs:
-            return []
-        requests = [request(part) for part in split_calls(costs, self._limits)]
-        return run_calls(
-            lambda each: self._call(method, each), requests, parallel=self._parallel_calls
+    def _attempt(self, plan: Plan[R], limits: common_pb2.Limits) -> R:
+        replies = run_calls(
+            lambda request: self._call(plan.method, request),
+            plan.requests(limits),
+            parallel=self._parallel_calls,
         )
+        return plan.result(replies, limits)
 
-    def _score(
-        self,
-        items: list[reward_pb2.ScoreItem],
-        costs: list[Cost],
-        options: reward_pb2.ScoreOptions,
-        raise_on_item_error: bool,
-    ) -> list[Score]:
-        responses = self._calls(
-            "Score",
-            lambda part: reward_pb2.ScoreRequest(
-                model=self._model, revision=self._revision, items=items[part], options=options
-            ),
-            costs,
-        )
-        served = [response.model for response in responses for _ in response.results]
-        results = [result for response in responses for result in response.results]
-        if len(results) != len(items):
-            raise InternalError(f"sent {len(items)} items and received {len(results)} results.")
-        check_one_revision(served)
-        scores = [
-            _score(index, result, model)
-            for index, (result, model) in enumerate(zip(results, served, strict=True))
-        ]
-        if raise_on_item_error:
-            for score in scores:
-                score.check()
-        return scores
+    def _known_limits(self) -> common_pb2.Limits:
+        if (known := self._limits.value) is None:
+            known = self._limits.value = self.get_model().limits
+        return known
 
 
 class RewardClient(RewardCalls):
@@ -261,13 +160,17 @@ class RewardClient(RewardCalls):
         model: str = "",
         revision: str = "",
         timeout_s: float = 120.0,
+        max_wait_s: float = 60.0,
         parallel_calls: int = 4,
         credentials: Credentials | None = None,
     ) -> None:
         """Args:
         address: "host:port", or a gRPC target such as "dns:///reward:50051".
-        model, revision: what must be served; another one raises NotFound. Empty means any.
-        timeout_s: deadline of each call; long lists take several calls.
+        model: name of the model; empty means the service's default.
+        revision: what must be served; another one raises NotFound. Empty means the newest.
+        timeout_s: deadline of each call, waits included; long lists take several calls.
+        max_wait_s: of that, how long a call may wait in all for a service that says it is busy
+            and when to come back; 0 raises Overloaded as soon as gRPC's own five attempts are over.
         parallel_calls: calls of one list that are under way at a time.
         credentials: TLS and token; None takes those of the environment, KLEASH_TLS_* and
             KLEASH_TOKEN*.
@@ -275,47 +178,76 @@ class RewardClient(RewardCalls):
         self._channel = connect(
             address,
             service=SERVICE,
-            methods_to_retry=("Score", "Compare", "CountTokens", "GetModel"),
+            methods_to_retry=METHODS_TO_RETRY,
             credentials=credentials,
         )
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
         self._address = address
+        self._options = ClientOptions(model, revision, timeout_s, max_wait_s, parallel_calls)
         super().__init__(
-            remote_call(self._stub, address=address, timeout_s=timeout_s),
-            model=model,
-            revision=revision,
-            parallel_calls=parallel_calls,
+            self._new_call(), model=model, revision=revision, parallel_calls=parallel_calls
         )
+
+    def _new_call(self) -> Call:
+        return remote_call(
+            self._stub,
+            address=self._address,
+            timeout_s=self._options.timeout_s,
+            max_wait_s=self._options.max_wait_s,
+        )
+
+    @classmethod
+    def from_env(cls, **keywords: Any) -> RewardClient:
+        """A client as KLEASH_REWARD_ADDRESS, KLEASH_REWARD_MODEL and KLEASH_REWARD_TIMEOUT_S say.
+
+        ``keywords`` are the constructor's, and count more. Raises ConfigError without an address.
+        """
+        settings = settings_from_env(needs_address="address" not in keywords)
+        return cls(**{**settings, **keywords})
+
+    def with_options(self, **changes: Unpack[OptionKeywords]) -> Self:
+        """A client of the same connection with other options; closing either closes both.
+
+        >>> reward.with_options(timeout_s=0.5).score_texts(["..."])
+        """
+        other = copy.copy(self)
+        chosen = other._options = dataclasses.replace(self._options, **changes)
+        other._plans = RewardPlans(chosen.model, chosen.revision)
+        other._parallel_calls = chosen.parallel_calls
+        other._call = other._new_call()
+        return other
+
+    def pinned(self, revision: str) -> Self:
+        """As ``with_options(revision=revision)``."""
+        return self.with_options(revision=revision)
 
     def score_stream(
         self,
         inputs: Iterable[str | Messages],
         *,
-        normalize: bool = True,
-        truncation: Truncation = "error",
         timeout_s: float | None = None,
+        **keywords: Unpack[ScoreKeywords],
     ) -> Generator[Score, None, None]:
         """Score texts or conversations without end, as they are done: ``Score.index`` tells which.
 
         ``timeout_s`` bounds the whole stream; None leaves it to the server. Failed items come with
         their code; a stream is not retried. What ``inputs`` raises is raised here, after the
-        scores of the inputs before it.
+        scores of the inputs before it. Keywords: ScoreKeywords.
         """
-        options = _options(normalize, False, truncation, return_token_scores=False)
+        scoring, limits = options(**keywords), self._known_limits()
         failures: list[Exception] = []
 
         def requests() -> Iterator[reward_pb2.ScoreStreamRequest]:
             try:
                 for index, each in enumerate(inputs):
-                    yield _stream_request(index, each, options)
+                    yield self._plans.stream_request(index, input_item(each), scoring, limits)
             except Exception as error:  # a thread of gRPC runs this; its caller would not be told
                 failures.append(error)
 
         responses = self._stub.ScoreStream(requests(), timeout=timeout_s)
         try:
             for response in responses:
-                index = int(response.result.item_id)
-                yield _score(index, response.result, response.model)
+                yield read_score(int(response.result.item_id), response.result, response.model)
             if failures:
                 raise failures[0]
         except grpc.RpcError as error:
@@ -324,7 +256,7 @@ class RewardClient(RewardCalls):
             responses.cancel()  # a caller who stops early has ended the stream, too
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; calls under way are cancelled."""
         self._channel.close()
 
     def __enter__(self) -> RewardClient:
@@ -332,66 +264,3 @@ class RewardClient(RewardCalls):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _options(
-    normalize: bool, isolate: bool, truncation: Truncation, return_token_scores: bool
-) -> reward_pb2.ScoreOptions:
-    return reward_pb2.ScoreOptions(
-        truncation=_TRUNCATIONS[truncation],
-        return_token_scores=return_token_scores,
-        normalize=normalize,
-        isolate=isolate,
-    )
-
-
-def _token_item(sequence: Tokens, tokenizer_sha256: str) -> reward_pb2.ScoreItem:
-    return reward_pb2.ScoreItem(
-        tokens=common_pb2.TokenSequence(
-            tokens=encode_ids(sequence.ids),
-            response_start=sequence.response_start,
-            tokenizer_sha256=tokenizer_sha256,
-        )
-    )
-
-
-def _conversation(messages: Messages) -> common_pb2.Conversation:
-    return common_pb2.Conversation(
-        messages=[common_pb2.Message(role=m["role"], content=m["content"]) for m in messages]
-    )
-
-
-def _conversation_cost(messages: Messages) -> Cost:
-    # A turn's marks are a handful of tokens; 64 bytes stand for them.
-    costs = [text_cost(m["role"] + m["content"] + " " * 64) for m in messages]
-    return Cost(sum(c.num_bytes for c in costs), sum(c.num_tokens for c in costs))
-
-
-def _stream_request(
-    index: int, each: str | Messages, options: reward_pb2.ScoreOptions
-) -> reward_pb2.ScoreStreamRequest:
-    item = (
-        reward_pb2.ScoreItem(item_id=str(index), text=each)
-        if isinstance(each, str)
-        else reward_pb2.ScoreItem(item_id=str(index), conversation=_conversation(each))
-    )
-    return reward_pb2.ScoreStreamRequest(item=item, options=options)
-
-
-def _score(index: int, result: reward_pb2.ScoreResult, served: common_pb2.ServedModel) -> Score:
-    code = item_code(result.code)
-    if code == "OK" and not math.isfinite(result.score):
-        raise InternalError(f"the service sent the score {result.score} for item {index} as OK.")
-    has_token_scores = result.HasField("token_scores")
-    return Score(
-        index=index,
-        code=code,
-        error_message=result.error_message,
-        token_count=result.token_count,
-        is_truncated=result.truncated,
-        token_scores=decode_floats(result.token_scores, field=f"results[{index}].token_scores")
-        if has_token_scores
-        else None,
-        revision=served.revision,
-        value=result.score,
-    )

@@ -6,12 +6,13 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.pem import Pem
+from kleash.rpc.reloading import Reloading
 from kleash.rpc.rotating_channel import RotatingChannel
 
 logger = logging.getLogger(__name__)
@@ -45,22 +46,29 @@ def connect(
     theirs that cannot be used.
     """
     own = Credentials.from_env() if credentials is None else credentials
-    options = channel_options(service, methods_to_retry, checks_health)
+    options = channel_options(service, methods_to_retry, checks_health, own.server_name)
     if own.is_empty:
-        return grpc.insecure_channel(_target(address), options=options)
-    if own.server_name:
-        options.append(("grpc.ssl_target_name_override", own.server_name))
+        return grpc.insecure_channel(target(address), options=options)
 
     def open_channel(pem: Pem | None) -> grpc.Channel:
         if pem is None:
-            return grpc.insecure_channel(_target(address), options=options)
-        tls = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
-        return grpc.secure_channel(_target(address), tls, options=options)
+            return grpc.insecure_channel(target(address), options=options)
+        return grpc.secure_channel(target(address), tls_credentials(pem), options=options)
 
-    pem, token = own.watch_pem(), own.watch_token()
+    return RotatingChannel(open_channel, *watch(own))
+
+
+def watch(credentials: Credentials) -> tuple[Reloading[Pem] | None, Callable[[], str] | None]:
+    """TLS files and token of a channel, kept up to date. Raises ConfigError."""
+    pem, token = credentials.watch_pem(), credentials.watch_token()
     if token is not None and pem is None:
         _warn_about_plain_token()
-    return RotatingChannel(open_channel, pem, token)
+    return pem, token
+
+
+def tls_credentials(pem: Pem) -> grpc.ChannelCredentials:
+    """As gRPC takes them."""
+    return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
 
 
 @functools.cache
@@ -76,8 +84,12 @@ def channel_options(
     service: str,
     methods_to_retry: Sequence[str],
     checks_health: bool = True,
+    server_name: str = "",
 ) -> list[tuple[str, str | int]]:
     """Channel arguments of ``connect``."""
+    named: list[tuple[str, str | int]] = []
+    if server_name:
+        named.append(("grpc.ssl_target_name_override", server_name))
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if checks_health:
         config["healthCheckConfig"] = {"serviceName": service}
@@ -106,8 +118,10 @@ def channel_options(
         # When a server closes its connections, where the next one is is looked up at once; by
         # default no more than every 30 s, and calls fail meanwhile.
         ("grpc.dns_min_time_between_resolutions_ms", 500),
+        *named,
     ]
 
 
-def _target(address: str) -> str:
+def target(address: str) -> str:
+    """The gRPC target of an address."""
     return address if "://" in address or address.startswith("unix:") else f"dns:///{address}"

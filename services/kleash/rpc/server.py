@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kleash.base import metrics
 from kleash.base.config import Config
+from kleash.base.ending import end_at_once
 from kleash.rpc.auth import AuthConfig, Gate, warn_about_plain_tokens
 from kleash.rpc.health import HEALTH_SERVICE, HealthBoard
 from kleash.rpc.interceptors import CallInterceptor
@@ -34,6 +35,9 @@ from kleash.rpc.tls import TlsConfig, server_credentials
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 0.25
+
+STOP_S, SHORTEST_STOP_S = 1.0, 0.1
+"""For all services to stop, and for each, when running calls have used up drain_grace_s."""
 
 
 class ServerConfig(Config):
@@ -92,7 +96,8 @@ async def serve(
     """Host ``services`` until SIGTERM or SIGINT, then drain and return.
 
     Ports are bound before anything is loaded. ``on_ready`` gets the gRPC port once calls are
-    served. Signals are handled when this runs in the main thread; a second one ends the process.
+    served. Signals are handled when this runs in the main thread; a second one ends the process at
+    once, with 128 and its number as the status.
 
     Raises UserError for a port or host that cannot be used, and what a service's ``load`` raises.
     """
@@ -151,6 +156,7 @@ class _Host:
         self._handlers = LateHandlers()
         self._is_draining = False
         self._started: list[Service] = []
+        self._drain_end = 0.0
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[int], None] | None) -> None:
         """Serve until ``stop`` is set."""
@@ -185,6 +191,7 @@ class _Host:
 
     async def _stop_server(self, server: grpc.aio.Server) -> None:
         self._health.end_watches()
+        self._drain_end = asyncio.get_running_loop().time() + self._config.drain_grace_s
         await server.stop(self._config.drain_grace_s)
 
     def _bind_main(self, gate: Gate) -> tuple[grpc.aio.Server, int]:
@@ -245,40 +252,44 @@ class _Host:
         await self._health.show(ready, is_alive=oldest < self._config.liveness_limit_s)
 
     async def _stop_services(self) -> None:
+        """Within what is left of the time to drain, or a second in all where nothing is left."""
+        now = asyncio.get_running_loop().time
+        end = max(self._drain_end, now() + STOP_S)
         for service in self._started:
             metrics.MODEL_LOADED.labels(service.full_names[0].split(".")[1]).set(0)
             try:
-                await asyncio.wait_for(service.stop(), timeout=max(self._config.drain_grace_s, 1.0))
+                await asyncio.wait_for(service.stop(), timeout=max(end - now(), SHORTEST_STOP_S))
             except TimeoutError:
                 logger.warning("%s did not finish its work in time", service.full_names[0])
 
 
 class _Signals:
-    """SIGTERM and SIGINT set an event, once; a second one has its ordinary effect."""
+    """SIGTERM and SIGINT set an event, once; a second one ends the process."""
 
     def __init__(self, stop: asyncio.Event) -> None:
         self._stop = stop
-        self._installed: tuple[signal.Signals, ...] = ()
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         self._loop = asyncio.get_running_loop()
-        self._installed = (signal.SIGTERM, signal.SIGINT)
-        for number in self._installed:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.getsignal(number)
             self._loop.add_signal_handler(number, self._receive)
 
     def __exit__(self, *_exception: object) -> None:
-        self._remove()
+        if self._stop.is_set():
+            return  # what comes after the drain may hang, too
+        for number, handler in self._before.items():
+            self._loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
     def _receive(self) -> None:
         self._stop.set()
-        self._remove()
-
-    def _remove(self) -> None:
-        for number in self._installed:
+        for number in self._before:
             self._loop.remove_signal_handler(number)
-        self._installed = ()
+            signal.signal(number, end_at_once)
 
 
 def _server_options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -14,7 +14,6 @@ import http.client
 import json
 import logging
 import os
-import ssl
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kleash.base import metrics
+from kleash.base.api_server_tls import api_server_context
 from kleash.base.errors import ConfigError
 from kleash.rpc.errors import PermissionDenied, ServiceError, Unauthenticated, Unavailable
 
@@ -79,10 +79,7 @@ class ApiServer:
         try:
             # Both files rotate: they are read for every question.
             own_token = self.token_file.read_text(encoding="ascii").strip()
-            context = ssl.create_default_context(cafile=self.ca_file)
-            # Python 3.13 wants extensions that authorities of older clusters do not have
-            # (https://github.com/kubernetes-client/python/issues/2394).
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+            context = api_server_context(self.ca_file)
             connection = http.client.HTTPSConnection(
                 self.host, self.port, timeout=ANSWER_LIMIT_S, context=context
             )
@@ -97,28 +94,28 @@ class ApiServer:
                 text = answer.read()
             finally:
                 connection.close()
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             raise _NoAnswerError(f"{type(error).__name__}: {error}") from None
+        except http.client.HTTPException as error:  # its text may quote the answer
+            raise _NoAnswerError(f"the answer is no HTTP: {type(error).__name__}") from None
         return _status_of(answer.status, text)
 
 
 def _status_of(code: int, text: bytes) -> dict[str, Any]:
+    """Raises _NoAnswerError, without a word of the answer, which may repeat the token."""
     if code in (401, 403):
         raise _NoAnswerError(
             f"HTTP {code}: this pod's ServiceAccount may not create tokenreviews; bind it to the "
             "ClusterRole system:auth-delegator"
         )
     if code not in (200, 201):
-        raise _NoAnswerError(f"HTTP {code}: {text[:200]!r}")
+        raise _NoAnswerError(f"HTTP {code} with {len(text)} bytes")
     try:
         status = json.loads(text)["status"]
     except (ValueError, KeyError, TypeError):
         status = None
     if not isinstance(status, dict):
-        raise _NoAnswerError(f"the answer is no TokenReview: {text[:200]!r}")
-    if status.get("error") and not status.get("authenticated"):
-        # Also set for tokens that are simply wrong, where it tells why.
-        logger.debug("TokenReview: %s", status["error"])
+        raise _NoAnswerError(f"the {len(text)} bytes of the answer are no TokenReview")
     return status
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from kleash.base.durable import write_whole
-from kleash.sources.errors import SourceUnavailable, cannot_write, unavailable
+from kleash.sources.errors import SourceUnavailable, cannot_write, damaged
 from kleash.sources.marker import FetchedFile
 from kleash.sources.remote import Remote, RemoteFile
 
@@ -43,7 +43,10 @@ def copy_files(
     what arrived stays for the next try. UserError when it cannot be written, or is not there.
     """
     fingerprints = {name: file.fingerprint for name, file in files.items()}
-    _follow_plan(fingerprints, partial, source=source)
+    try:
+        _follow_plan(fingerprints, partial, source=source)
+    except OSError as error:
+        raise cannot_write(partial.parent, error) from None
     stop = threading.Event()
     with ThreadPoolExecutor(PARALLEL_FILES) as threads:
         try:
@@ -54,10 +57,19 @@ def copy_files(
             done, _ = wait(copies, return_when=FIRST_EXCEPTION)
             for copy in done:
                 copy.result()
+        except OSError as error:  # what a source raises is no OSError any more
+            needed_bytes = bytes_missing(files, partial)
+            raise cannot_write(partial.parent, error, needed_bytes=needed_bytes) from None
         finally:
             stop.set()
             threads.shutdown(cancel_futures=True)
     return [copy.result() for copy in copies]
+
+
+def bytes_missing(files: Mapping[str, RemoteFile], partial: Path) -> int:
+    """How much has still to be written, as far as the source tells sizes."""
+    there = {path.name: path.stat().st_size for path in partial.glob("*")}
+    return sum(max((it.num_bytes or 0) - there.get(name, 0), 0) for name, it in files.items())
 
 
 def _follow_plan(fingerprints: Mapping[str, str], partial: Path, *, source: str) -> None:
@@ -68,17 +80,14 @@ def _follow_plan(fingerprints: Mapping[str, str], partial: Path, *, source: str)
         known = earlier["fingerprints"] if earlier["source"] == source else None
     except (OSError, ValueError, KeyError, TypeError):
         known = None
-    try:
-        if known is None:
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-        for old in partial.iterdir():
-            same = known is not None and known.get(old.name) == fingerprints.get(old.name, object())
-            if not same:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        write_whole(path, json.dumps({"source": source, "fingerprints": dict(fingerprints)}))
-    except OSError as error:
-        raise cannot_write(partial.parent, error) from None
+    if known is None:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    for old in partial.iterdir():
+        same = known is not None and known.get(old.name) == fingerprints.get(old.name, object())
+        if not same:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    write_whole(path, json.dumps({"source": source, "fingerprints": dict(fingerprints)}))
 
 
 class _Writer:
@@ -111,18 +120,15 @@ class _Writer:
 def _copy_file(
     remote: Remote, name: str, file: RemoteFile, target: Path, stop: threading.Event
 ) -> FetchedFile:
-    try:
-        with target.open("a+b") as opened:
-            writer = _Writer(opened)
-            _receive(remote, name, file, writer, stop)
-    except OSError as error:
-        raise cannot_write(target.parent.parent, error) from None
+    with target.open("a+b") as opened:
+        writer = _Writer(opened)
+        _receive(remote, name, file, writer, stop)
     fetched = FetchedFile(name, writer.num_bytes, writer.sha256())
     is_git = file.digest.startswith("git:")
     found = f"git:{_git_hash(target)}" if is_git else f"sha256:{fetched.sha256}"
     if file.digest and file.digest != found:
         target.unlink()
-        raise unavailable(name, f"what arrived does not hash to {file.digest}")
+        raise damaged(name, f"what arrived hashes to {found} and not to {file.digest}")
     return fetched
 
 
@@ -157,7 +163,7 @@ def _receive(
         failures = 1 if writer.num_bytes > before and can_resume else failures + 1
         if failures == TRIES or writer.num_bytes > (file.num_bytes or writer.num_bytes):
             raise problem
-        logger.info("%s; trying again", str(problem).rstrip("."))
+        logger.info("%s; trying again", problem.what)
         stop.wait(FIRST_WAIT_S * 2 ** (failures - 1))
         if not can_resume:
             writer.restart()
@@ -166,4 +172,4 @@ def _receive(
 def _wrong_length(name: str, file: RemoteFile, num_bytes: int) -> SourceUnavailable | None:
     if file.num_bytes in (None, num_bytes):
         return None
-    return unavailable(name, f"it has {num_bytes} bytes, and the source announces {file.num_bytes}")
+    return damaged(name, f"{num_bytes} bytes arrived, and the source announces {file.num_bytes}")

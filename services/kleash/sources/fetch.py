@@ -21,12 +21,13 @@ import pydantic
 
 from kleash.base.config import Config
 from kleash.base.durable import flush_folder, flush_tree
-from kleash.base.errors import ModelError, RemoteError, UserError
+from kleash.base.errors import ModelError, UserError
 from kleash.base.lock_file import HeldError, take_lock
 from kleash.sources.checkpoint import choose_files, missing_parts, pickled_files
-from kleash.sources.copying import PLAN, copy_files
-from kleash.sources.errors import SourceUnavailable, cannot_write
+from kleash.sources.copying import PLAN, bytes_missing, copy_files
+from kleash.sources.errors import SourceUnavailable, cannot_write, no_space
 from kleash.sources.marker import Marker, describe_file, digest_of, read_marker
+from kleash.sources.patience import Calls, WatchedRemote, work_with_patience
 from kleash.sources.remote import open_remote
 from kleash.sources.uri import Source, parse_source
 from kleash.sources.waiting import wait_for_checkpoint
@@ -48,7 +49,8 @@ class FetchConfig(Config):
     """Folder to make; null, for a source that is a folder here: nothing is copied."""
     wait_s: float = pydantic.Field(default=0.0, ge=0)
     """Seconds to wait for the source: for a folder until it is complete, for others while they
-    do not answer. 0 gives up at the first failure."""
+    do not answer. 0 gives up at the first failure. A source that takes a call and stays silent
+    counts as failed after two minutes."""
     needs_lineage: bool = False
     """The folder is one that Kleash writes: wait for its kleash.json, too."""
     sha256: str | None = pydantic.Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -70,7 +72,9 @@ class Fetched:
 def fetch(config: FetchConfig) -> Fetched:
     """Do what ``config`` says.
 
-    Raises UserError when it cannot be done, SourceUnavailable when it could not be done in time.
+    Raises UserError when it cannot be done, SourceUnavailable when it could not be done in time,
+    NoSpaceError for a full volume. The process ends with kleash.base.ending.end_with, as a call to
+    the source may never return.
     """
     source = parse_source(config.source)
     started = time.monotonic()
@@ -87,7 +91,16 @@ def fetch(config: FetchConfig) -> Fetched:
             return there
         logger.info("fetching %s to %s", source, out)
         with _ProgressLines(source, _partial(out)) as progress:
-            marker = _try_until(deadline, lambda: _bring(source, out, config, progress))
+            calls = Calls()
+            marker = work_with_patience(
+                lambda: _try_until(
+                    deadline, calls, lambda: _bring(source, out, config, progress, calls)
+                ),
+                calls,
+                source=source.uri,
+                deadline=deadline,
+                wait_s=config.wait_s,
+            )
     return Fetched(out, len(marker.files), marker.num_bytes, marker.sha256, is_new=True)
 
 
@@ -129,19 +142,27 @@ def _already_there(source: Source, out: Path, sha256: str | None) -> Fetched | N
     return Fetched(out, len(marker.files), marker.num_bytes, marker.sha256, is_new=False)
 
 
-def _bring(source: Source, out: Path, config: FetchConfig, progress: _ProgressLines) -> Marker:
+def _bring(
+    source: Source, out: Path, config: FetchConfig, progress: _ProgressLines, calls: Calls
+) -> Marker:
     """One try."""
     partial = _partial(out)
-    remote = open_remote(source)
+    with calls.one():
+        remote = WatchedRemote(open_remote(source), calls)
     files = remote.list_files()
     chosen = {name: files[name] for name in _choose(source, list(files))}
     progress.total_bytes = sum(file.num_bytes or 0 for file in chosen.values())
-    _check_space(partial, progress.total_bytes)
+    needed_bytes = bytes_missing(chosen, partial)
+    if needed_bytes > shutil.disk_usage(partial.parent).free:  # better found before the first byte
+        raise no_space(partial.parent, needed_bytes)
     copies = copy_files(remote, chosen, partial, source=source.uri)
     marker = Marker(source.uri, remote.revision, tuple(copies))
     try:
         if missing := missing_parts(partial, needs_lineage=config.needs_lineage):
-            raise ModelError(f"{source} is no complete checkpoint: {', '.join(missing)}.")
+            raise ModelError(
+                f"{source} is no complete checkpoint: {', '.join(missing)}; upload what is "
+                "missing, or give the folder of a model that save_pretrained() wrote."
+            )
         _check_sha256(source.uri, marker.sha256, config.sha256)
     except UserError:
         shutil.rmtree(partial)  # whatever is wrong would be found again
@@ -171,18 +192,6 @@ def _choose(source: Source, names: list[str]) -> list[str]:
     raise ModelError(f"{source} holds no *.safetensors weights; give the folder of a checkpoint.")
 
 
-def _check_space(partial: Path, num_bytes: int) -> None:
-    """Before the first byte: a volume that is full is better found now."""
-    parent = partial.parent
-    here = _bytes_below(partial)
-    free = shutil.disk_usage(parent).free
-    if num_bytes - here > free:
-        raise UserError(
-            f"the model needs {(num_bytes - here) / 1e9:.2f} GB, and {parent} has "
-            f"{free / 1e9:.2f} GB; enlarge the volume or free some."
-        )
-
-
 def _check_sha256(name: str, found: str, wanted: str | None) -> None:
     if wanted and found != wanted:
         raise ModelError(
@@ -191,16 +200,16 @@ def _check_sha256(name: str, found: str, wanted: str | None) -> None:
         )
 
 
-def _try_until(deadline: float, bring: Callable[[], Marker]) -> Marker:
+def _try_until(deadline: float, calls: Calls, bring: Callable[[], Marker]) -> Marker:
     while True:
         try:
             return bring()
-        except RemoteError as error:
+        except SourceUnavailable as error:
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or calls.stopped.is_set():
                 raise
-            logger.warning("%s; trying again for %.0f s", str(error).rstrip("."), left)
-            time.sleep(min(TRY_AGAIN_S, left))
+            logger.warning("%s; trying again for %.0f s", error.what, left)
+            calls.stopped.wait(min(TRY_AGAIN_S, left))
 
 
 @contextlib.contextmanager
@@ -215,7 +224,7 @@ def _alone(out: Path, deadline: float) -> Iterator[None]:
         except HeldError as error:
             if time.monotonic() >= deadline:
                 raise SourceUnavailable(
-                    f"another fetch works on {out} ({error.holder}); wait for it with --wait_s."
+                    f"another fetch works on {out} ({error.holder})", "wait for it with --wait_s"
                 ) from None
             if time.monotonic() - told >= TELL_EVERY_S:
                 told = time.monotonic()

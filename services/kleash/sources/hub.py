@@ -35,7 +35,10 @@ class HubFolder:
             found = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
         self.revision = found.sha or ""
         if re.fullmatch("[0-9a-f]{40}", source.revision) and self.revision != source.revision:
-            raise UserError(f"the Hub has commit {self.revision or 'none'} for {source}.")
+            raise UserError(
+                f"the Hub has commit {self.revision or 'none'} for {source}; write the 40 digits "
+                "of a commit as the repository's history shows them."
+            )
         files = {}
         for each in found.siblings or ():
             # Large files are known by the hash of their bytes, small ones by git's.
@@ -62,11 +65,17 @@ def _translated(source: Source) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise denied(source.uri, _REMEDY, _first_line(error)) from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"hf://{source.repo} has no revision {source.revision!r}.") from None
+        raise UserError(
+            f"hf://{source.repo} has no revision {source.revision!r}; give a commit, branch or tag "
+            "that the repository's page lists."
+        ) from None
     except errors.RepositoryNotFoundError:
         raise not_found(source.uri, "or it is private: " + _REMEDY) from None
     except errors.OfflineModeIsEnabled:
-        raise UserError(f"{source} cannot be fetched: HF_HUB_OFFLINE is set.") from None
+        raise UserError(
+            f"{source} cannot be fetched, as HF_HUB_OFFLINE is set; unset it, or give a folder "
+            "that holds the model."
+        ) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):

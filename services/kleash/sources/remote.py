@@ -18,12 +18,15 @@ from typing import Any, Protocol
 
 from kleash.base.errors import ConfigError, KleashError, ModelError
 from kleash.sources.errors import denied, not_found, unavailable
-from kleash.sources.uri import Source
+from kleash.sources.uri import FORMS, Source
 
 PIECE_BYTES = 8 * 2**20
 """Of one request to an object store."""
 PIECES_AHEAD = 4
 """Requests under way for one file: one alone does not fill the line to an object store."""
+
+GCS_RETRY_S = 30
+"""A try that gets no answer at all still ends by the library's own limit alone, 120 s."""
 
 _DENIED = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_\w+|UNRECOGNIZED_CLIENT|SIGNATURE_DOES_NOT_MATCH|"
@@ -93,9 +96,12 @@ class _ArrowFolder:
         )
         with _translated(uri, self._remedy):  # it may ask for the bucket's region
             try:
-                self._files, self._base = fs.FileSystem.from_uri(uri.replace("gcs://", "gs://", 1))
+                self._files, self._base = fs.FileSystem.from_uri(_with_limit(uri))
             except ValueError as error:
-                raise ConfigError(f"{uri} is no address that pyarrow reads: {error}.") from None
+                raise ConfigError(
+                    f"{uri} is no address that pyarrow reads ({error}); give s3://BUCKET/PATH or "
+                    "gs://BUCKET/PATH."
+                ) from None
 
     def list_files(self) -> dict[str, RemoteFile]:
         from pyarrow import fs
@@ -124,6 +130,15 @@ class _ArrowFolder:
             yield from _read_ahead(opened.read_at, start, file.num_bytes or 0)
 
 
+def _with_limit(uri: str) -> str:
+    """For pyarrow, whose calls to Google's stores otherwise try again for 15 minutes; those to S3
+    are tried a few times."""
+    uri = re.sub("^gcs://", "gs://", uri)
+    if not uri.startswith("gs://") or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
+
+
 class _FsspecFolder:
     """Everything that fsspec knows and that is installed."""
 
@@ -138,9 +153,15 @@ class _FsspecFolder:
             # Instances are kept for the life of the process, and their listings with them.
             self._files, self._base = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         except ImportError as error:
-            raise ConfigError(f"{uri} needs a driver: {error}.") from None
+            raise ConfigError(
+                f"{uri} needs a driver ({str(error).rstrip('.')}); install it beside Kleash, or "
+                f"give {FORMS}."
+            ) from None
         except ValueError as error:
-            raise ConfigError(f"{uri} cannot be used: {error}.") from None
+            raise ConfigError(
+                f"{uri} cannot be used ({str(error).rstrip('.')}); write it as the driver "
+                f"documents, or give {FORMS}."
+            ) from None
 
     def list_files(self) -> dict[str, RemoteFile]:
         with _translated(self._uri, self._remedy):

@@ -38,8 +38,8 @@ def wait_for_checkpoint(folder: Path, *, wait_s: float, needs_lineage: bool = Fa
 def _not_there(folder: Path, missing: str, wait_s: float) -> Exception:
     if wait_s:
         return SourceUnavailable(
-            f"{folder} is no complete checkpoint after {wait_s:g} s: {missing}; see whether what "
-            "writes it runs, or wait longer with --wait_s."
+            f"{folder} is no complete checkpoint after {wait_s:g} s: {missing}",
+            "see whether what writes it runs, or wait longer with --wait_s",
         )
     return ModelError(
         f"{folder} is no complete checkpoint: {missing}; correct the path, or wait for it with "

@@ -98,7 +98,10 @@ def stream(
     headers = {"Range": f"bytes={start}-"} if start else {}
     with _translated(url, remedy), _open(url, "GET", headers, token) as response:
         if fingerprint and _fingerprint(response) != fingerprint:
-            raise SourceUnavailable(f"{url} changed while it was fetched.")
+            raise SourceUnavailable(
+                f"{url} changed while it was fetched",
+                "fetch it again when nobody writes there any more",
+            )
         # A server that knows no ranges sends everything again.
         unwanted = start if response.status != http.HTTPStatus.PARTIAL_CONTENT else 0
         while piece := response.read1(_PIECE_BYTES):
@@ -142,7 +145,10 @@ def _explained(url: str, error: Exception, remedy: str = _REMEDY) -> Exception:
             return denied(url, remedy, answer)
         if error.code in _WORTH_ANOTHER_TRY:
             return unavailable(url, answer)
-        return UserError(f"{url} cannot be read: {answer}.")
+        return UserError(
+            f"{url} cannot be read: {answer}; give the address of a folder whose files the server "
+            "sends to everybody who asks with GET."
+        )
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, ssl.SSLCertVerificationError):
         return UserError(

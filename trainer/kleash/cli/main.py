@@ -16,12 +16,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from kleash.base.ending import end_at_once, end_with
 from kleash.base.errors import KleashError, RemoteError, UserError
 from kleash.cli.output import show
 
 
 class Command(NamedTuple):
-    """A subcommand: the function that runs it, the extra that it needs, and a line of help."""
+    """A subcommand: the function that runs it, the extra that it needs (empty for none), and a line
+    of help."""
 
     function: str
     extra: str
@@ -68,6 +70,11 @@ COMMANDS = {
         "serve",
         "list, load or unload: what a reward service serves",
     ),
+    "score": Command(
+        "kleash.cli.score:run",
+        "",
+        "rewards of a file's lines from a reward service, as JSON Lines",
+    ),
     "fetch": Command(
         "kleash.cli.fetch:run",
         "train",
@@ -96,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail(f"unknown command '{name}'; kleash --help lists the commands.", 2)
-    return _run(name, rest)
+    return end_with(_run(name, rest))
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
@@ -107,7 +114,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     module, _, function = command.function.partition(":")
     try:
-        with _ended_by_sigterm():
+        with _ended_by_signals():
             return getattr(importlib.import_module(module), function)(arguments)
     except _TerminatedError:
         return _fail("ended by SIGTERM.", 128 + signal.SIGTERM)
@@ -122,32 +129,45 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         if error.name and error.name.split(".")[0] == "kleash":
             raise
         sentence = f"kleash {name} needs the package '{error.name}'"
-        return _fail(f"{sentence}; pip install 'kleash[{command.extra}]'.", 2)
+        package = f"kleash[{command.extra}]" if command.extra else "kleash"
+        return _fail(f"{sentence}; pip install '{package}'.", 2)
 
 
 class _TerminatedError(BaseException):
     """Ends the main thread as Ctrl-C does."""
 
 
+_ENDINGS: dict[signal.Signals, type[BaseException]] = {
+    signal.SIGTERM: _TerminatedError,
+    signal.SIGINT: KeyboardInterrupt,
+}
+
+
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM cleans up and ends a command that does nothing else with it.
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and Ctrl-C clean up and end a command that does nothing else with them.
 
     As the first process of a container nothing would happen: the kernel drops a signal that process
-    1 has no handler for. Servers and the trainer have handlers of their own, in place of this one.
+    1 has no handler for. A second signal does not wait for the cleaning up. Servers and the trainer
+    have handlers of their own, in place of these.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # A shell's "kleash ... &" ignores Ctrl-C, and so does its child.
+    ignored = {it for it in _ENDINGS if signal.getsignal(it) is signal.SIG_IGN}
 
-    def end(*_: object) -> None:
-        raise _TerminatedError
+    def end(number: int, _frame: object) -> None:
+        for each in before:
+            signal.signal(each, end_at_once)
+        raise _ENDINGS[signal.Signals(number)]
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in _ENDINGS.keys() - ignored}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _help() -> str:

@@ -11,6 +11,11 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)  # noqa: T201
     except BrokenPipeError:
-        # Python flushes standard output once more when it ends, and would complain then.
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        forget_reader()
+
+
+def forget_reader() -> None:
+    """After a BrokenPipeError: Python flushes standard output once more when it ends, and would
+    complain then."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
