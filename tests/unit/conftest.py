@@ -16,6 +16,7 @@ from kleash.lm.heads import ValueModel
 from kleash.lm.load import load_causal_lm, load_tokenizer
 from kleash.policy.config import PolicyConfig
 from kleash.policy.local import LocalPolicy, LocalWeights
+from kleash.ppo.calibration import RewardState
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.learner import Learner
 from kleash.ppo.rollout import Collector, Rollout, Sample
@@ -91,7 +92,7 @@ class World:
             services,
             config,
             tokenizer_sha256=tokenizer_sha256(load_tokenizer(self.model)),
-            reward_revision=self.reward.get_model().model.revision,
+            reward=RewardState(self.reward.get_model().model.revision),
             reference_revision=self.reference.get_model().model.revision,
             **{"ensure_weights": lambda replica, version: None, **changes},
         )

@@ -19,6 +19,7 @@ from kleash.base.errors import ConfigError
 from kleash.lm.digest import model_digest
 from kleash.lm.load import load_causal_lm, load_tokenizer
 from kleash.ppo import checkpoint
+from kleash.ppo.calibration import RewardState
 from kleash.ppo.checkpoint import RunPosition
 from kleash.ppo.control import Control, RunState, SavedCheckpoint
 from kleash.ppo.learner import Learner
@@ -44,6 +45,7 @@ def save(world: World, folder: Path, learner: Learner, step: int) -> Path:
         run_id="a-run",
         fence=3,
         digests=DIGESTS,
+        reward=RewardState(DIGESTS["reward_model"]),
         lineage={"stage": "ppo"},
     )
 

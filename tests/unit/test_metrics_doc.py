@@ -44,7 +44,8 @@ def table(heading: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps with everything on that adds a key: evaluation, judge, pretraining, warm-up."""
+    """Two steps with everything on that adds a key: evaluation, judge, pretraining, warm-up,
+    calibration."""
     folder = tmp_path_factory.mktemp("metrics")
     demonstrations = folder / "demonstrations.jsonl"
     demonstrations.write_text(json.dumps({"prompt": "the quick", "completion": " brown fox"}))
@@ -60,6 +61,7 @@ def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         ptx={"data": str(demonstrations), "batch_size": 1},
         value={"warmup_steps": 1},
+        services={"new_reward_model": "adopt", "calibration": "affine"},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -85,6 +87,13 @@ def test_every_key_of_an_evaluation_is_explained(run: Path) -> None:
     assert {key for row in rows(run / "evaluations" / "step-000002.jsonl") for key in row} == (
         table("A sample of an evaluation").keys()
     )
+
+
+def test_every_key_of_a_sample_is_explained(run: Path) -> None:
+    samples = rows(run / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1] * 8 + [2] * 8
+    documented = table("A sample of a step").keys()
+    assert all(row.keys() == documented for row in samples)
 
 
 def test_every_prometheus_metric_is_explained_and_every_explained_one_exists() -> None:

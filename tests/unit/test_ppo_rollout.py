@@ -14,6 +14,8 @@ import pytest
 from kleash.client.types import GeneratedSequence, Prompt, Sampling
 from kleash.lm.load import load_causal_lm
 from kleash.policy.local import LocalPolicy
+from kleash.ppo.calibration import RewardState
+from kleash.ppo.pinning import RewardModelError
 from kleash.ppo.publish import Publisher
 from kleash.ppo.rollout import RolloutError, Sample
 from kleash.reward.config import RewardConfig
@@ -135,6 +137,9 @@ class Broken:
     method: str
     replacement: Callable[..., Any]
 
+    def pinned(self, revision: str) -> Broken:
+        return Broken(self.service.pinned(revision), self.method, self.replacement)
+
     def __getattr__(self, name: str) -> Any:
         return self.replacement if name == self.method else getattr(self.service, name)
 
@@ -170,16 +175,16 @@ def test_a_missing_score_is_an_error(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"reward_revision": "sha256:old"}, "the reward service scored with .* sha256:old; serve"),
+        ({"reward": RewardState("sha256:old")}, "the reward service serves .* sha256:old, with"),
         ({"reference_revision": "sha256:old"}, "the reference service serves .* sha256:old; serve"),
     ],
 )
 def test_a_frozen_model_that_was_replaced_is_refused(
-    world: World, samples: list[Sample], tmp_path: Path, changes: dict[str, str], sentence: str
+    world: World, samples: list[Sample], tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
     collector = replace(world.collector(world.services(), world.config(tmp_path)), **changes)
     prompts = [sample.record for sample in samples]
-    with pytest.raises(RolloutError, match=sentence):
+    with pytest.raises((RewardModelError, RolloutError), match=sentence):
         collector.collect(prompts, seed=7, weights_version=0)
 
 

@@ -5,7 +5,10 @@
       value.safetensors
       policy_optimizer.safetensors   exp_avg, exp_avg_sq and step of every parameter
       value_optimizer.safetensors
-      state.json                     step, prompt position, version, fence, KL controller, digests
+      state.json                     step, prompt position, version, fence, KL controller, digests,
+                                     calibration of the reward model
+      probes.json                    with services.calibration: responses and scores to compare a
+                                     new reward model on
       config.json                    the resolved configuration
       manifest.json                  size and SHA-256 of every other file
 
@@ -19,7 +22,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,12 @@ from kleash.base.durable import flush_folder, flush_tree
 from kleash.base.errors import ConfigError
 from kleash.lm.digest import canonical_tensors
 from kleash.lm.load import save_checkpoint_folder
+from kleash.ppo.calibration import (
+    Calibration,
+    RewardState,
+    probes_from_json,
+    probes_to_json,
+)
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.learner import Learner
 
@@ -40,7 +49,7 @@ FORMAT = 1
 
 FREE_KEYS = (
     "out", "run_id", "prompts", "model", "reward_model", "services", "publish", "server",
-    "evaluation", "checkpoint",
+    "evaluation", "samples", "checkpoint",
     "micro_batch_tokens", "isolate_scoring", "device", "num_threads", "resume", "skip_bad",
     "pad_token", "chat_template",
 )  # fmt: skip
@@ -71,6 +80,7 @@ class Checkpoint:
     fence: int
     kl: dict[str, float]
     digests: dict[str, str]
+    reward: RewardState
     config: dict[str, Any]
 
     @property
@@ -134,6 +144,7 @@ def save(
     run_id: str,
     fence: int,
     digests: dict[str, str],
+    reward: RewardState,
     lineage: dict[str, Any],
 ) -> Path:
     """Write ``folder/step-NNNNNN`` all at once and remove the oldest beyond checkpoint.keep."""
@@ -158,7 +169,11 @@ def save(
         "seed": config.seed,
         "random_numbers": "functions of (seed, purpose, step); there is no generator state",
         "digests": digests,
+        "reward_calibration": asdict(reward.calibration),
     }
+    if reward.probes:
+        text = json.dumps(probes_to_json(reward.probes), ensure_ascii=False)
+        (partial / "probes.json").write_text(text + "\n", encoding="utf-8")
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     save_config(config, partial / "config.json")
     manifest = {
@@ -199,9 +214,22 @@ def newest(folder: Path) -> Checkpoint | None:
             fence=state["fence"],
             kl=state["kl"],
             digests=state["digests"],
+            reward=_reward_state(path, state),
             config=json.loads((path / "config.json").read_text(encoding="utf-8")),
         )
     return None
+
+
+def _reward_state(path: Path, state: dict[str, Any]) -> RewardState:
+    probes = path / "probes.json"
+    return RewardState(
+        state["digests"]["reward_model"],
+        # Checkpoints of older software have none.
+        Calibration(**state.get("reward_calibration", {})),
+        probes_from_json(json.loads(probes.read_text(encoding="utf-8")))
+        if probes.is_file()
+        else (),
+    )
 
 
 def _problem(path: Path) -> str:

@@ -29,7 +29,14 @@ class ServicesConfig(Config):
     """Address of the reference service; the reward service's when one process hosts both."""
     new_reward_model: Literal["refuse", "adopt"] = "refuse"
     """When the reward service serves another model than the run began with: end the run, or go on
-    with it. A step is scored by one model alone, also while replicas of both answer."""
+    with it. A step is scored by one model alone, also while replicas of both answer. Until it is
+    given back, a model that the service holds beside a newer one serves a run that refuses."""
+    calibration: Literal["none", "affine"] = "none"
+    """Scores of a model that is adopted: as they are, or scale * score + shift with the mean and
+    the standard deviation that the scores of the model before have on the run's newest
+    responses."""
+    calibration_samples: int = pydantic.Field(default=256, ge=8)
+    """The run's newest responses that are kept, in checkpoints too, for calibration."""
     wait_s: float = pydantic.Field(default=120.0, ge=0)
     """Seconds to wait for a service that does not answer, at start and in the middle of a run."""
     generate_timeout_s: float = pydantic.Field(default=600.0, gt=0)
@@ -57,6 +64,15 @@ class ServicesConfig(Config):
             raise ValueError(
                 f"policy has {len(self.policy)} addresses; with discovery {self.discovery} name "
                 "one, that stands for all replicas"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _calibrate_what_is_adopted(self) -> Self:
+        if self.calibration != "none" and self.new_reward_model == "refuse":
+            raise ValueError(
+                f"calibration {self.calibration} has no effect without a new model; set "
+                "new_reward_model to adopt"
             )
         return self
 
@@ -239,6 +255,15 @@ class EvaluationConfig(Config):
         return self
 
 
+class SamplesConfig(Config):
+    """Responses of training that are kept to be read, in samples.jsonl."""
+
+    per_step: int = pydantic.Field(default=8, ge=0)
+    """The first so many responses of a step; 0 keeps none. A response of 100 tokens takes 4 kB."""
+    every: int = pydantic.Field(default=1, ge=1)
+    """Steps between those of which responses are kept."""
+
+
 class CheckpointConfig(Config):
     """Complete checkpoints from which a run goes on bit for bit."""
 
@@ -300,6 +325,8 @@ class PPOConfig(Config):
     """Optional language modelling beside PPO."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out prompts."""
+    samples: SamplesConfig = SamplesConfig()
+    """Responses that are kept to be read."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Complete checkpoints."""
     micro_batch_tokens: int = pydantic.Field(default=8192, ge=1)

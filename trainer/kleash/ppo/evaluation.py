@@ -35,7 +35,9 @@ class Evaluator:
         """Answer every prompt, keep the samples in ``folder``, return the figures."""
         # Step 0 of the sampling seeds belongs to evaluation: the same random numbers every time.
         seed = sampling_seed(self.seed, 0)
-        rollout = collector.collect(self.prompts, seed=seed, weights_version=weights_version)
+        rollout = collector.collect(
+            self.prompts, seed=seed, weights_version=weights_version, begins_step=False
+        )
         rows = [self._describe(sample) for sample in rollout.samples]
         folder.mkdir(exist_ok=True)
         write_whole(
@@ -69,6 +71,9 @@ class Evaluator:
             "response_length": sample.sequence.response_length,
             "is_stopped": sample.is_stopped,
             "judge": self._judge(sample.record, response),
+            "weights_version": sample.weights_version,
+            "reward_revision": sample.reward_revision,
+            "reference_revision": sample.reference_revision,
         }
 
     def _judge(self, record: PromptRecord, response: str) -> dict[str, float]:

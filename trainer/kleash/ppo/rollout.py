@@ -26,14 +26,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kleash.base.errors import KleashError
-from kleash.client.types import GeneratedSequence, Sampling
+from kleash.client.types import GeneratedSequence, Sampling, VersionSpan
 from kleash.data.prompts import PromptRecord
 from kleash.lm.sequences import TokenSequence
+from kleash.ppo.calibration import RewardState
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.patience import Patience, is_curable
+from kleash.ppo.pinning import RewardPin
 from kleash.ppo.rows import Row, number_rows, requests_of, shares_of
 from kleash.ppo.scoring import Finished, Group, RolloutError, Scoring
-from kleash.ppo.services import Policy, Services
+from kleash.ppo.services import Policy, Services, describe_misfit
 from kleash.rpc.errors import ServiceError, Unavailable
 
 SCORING_THREADS = 4
@@ -59,11 +61,19 @@ class Sample:
     reference_log_probs: np.ndarray
     """One a response token, float32."""
     score: float
-    """Normalised reward-model score."""
+    """Normalised reward-model score, on the scale of the run."""
+    uncalibrated_score: float
+    """The same as the reward model gave it."""
     is_stopped: bool
     """The response ends with a stop token; False when the length limit cut it."""
     weights_version: int
     """Weights that produced every token."""
+    version_spans: tuple[VersionSpan, ...]
+    """The same as the policy service said it, token by token."""
+    reward_revision: str
+    """Digest of the reward model that gave the score."""
+    reference_revision: str
+    """Digest of the reference that gave its log-probs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +85,8 @@ class Rollout:
     """Until the last response was there."""
     score_s: float
     """From then until everything was scored: the part of scoring that generation did not hide."""
-    reward_revision: str
-    """Digest of the reward model that gave every score."""
+    reward: RewardState
+    """The reward model that gave every score."""
 
 
 @dataclass(eq=False)
@@ -86,7 +96,7 @@ class Collector:
     services: Services
     config: PPOConfig
     tokenizer_sha256: str
-    reward_revision: str
+    reward: RewardState
     """Scores of another reward model are refused, or it is adopted: then this becomes its."""
     reference_revision: str
     """Log-probs of another reference are refused."""
@@ -97,15 +107,26 @@ class Collector:
     """Polled; once true, ``collect`` raises RolloutAbandonedError."""
     _replicas: list[int] = field(default_factory=list)
     """Policy replicas that are asked; empty means all."""
+    _told: set[str] = field(default_factory=set)
+    """Reward models of which the log has said that they are refused."""
 
     def use_replicas(self, replicas: Sequence[int]) -> None:
         """From now on ask these policy replicas: those that serve the newest version."""
         self._replicas[:] = replicas
 
     def collect(
-        self, prompts: Sequence[PromptRecord], *, seed: int, weights_version: int
+        self,
+        prompts: Sequence[PromptRecord],
+        *,
+        seed: int,
+        weights_version: int,
+        begins_step: bool = True,
     ) -> Rollout:
-        """One response to each prompt, drawn with the weights of ``weights_version``."""
+        """One response to each prompt, drawn with the weights of ``weights_version``.
+
+        ``begins_step``: a new reward model may be adopted. False keeps to that of the step before,
+        unless the service holds it no longer.
+        """
         self._check_abandoned()
         start = time.monotonic()
         rows = number_rows(prompts)
@@ -116,17 +137,19 @@ class Collector:
         task = _Task(self, replicas, seed, weights_version, scoring)
         same_reference = scoring.submit(task.scoring.check_reference)
         try:
+            if begins_step:
+                self._wait([scoring.submit(task.scoring.begin_step)])
             futures = [drawing.submit(task.run, index, share) for index, share in enumerate(shares)]
             self._wait(futures)
             groups = [group for future in futures for group in future.result()]
             generated = time.monotonic()
             answers = [future for group in groups for future in (group.scores, group.log_probs)]
             self._wait([same_reference, *answers])
-            settled = scoring.submit(task.scoring.settle, groups)
+            settled = scoring.submit(task.scoring.settle, groups, self.reward)
             self._wait([settled])
-            self.reward_revision = settled.result()
+            self.reward = settled.result()
             samples = sorted(
-                (pair for group in groups for pair in _samples(group, weights_version)),
+                (pair for group in groups for pair in self._samples(group, weights_version)),
                 key=lambda pair: pair[0],
             )
         finally:
@@ -137,8 +160,44 @@ class Collector:
             samples=[sample for _, sample in samples],
             generate_s=generated - start,
             score_s=time.monotonic() - generated,
-            reward_revision=self.reward_revision,
+            reward=self.reward,
         )
+
+    def _samples(self, group: Group, weights_version: int) -> Iterator[tuple[int, Sample]]:
+        answers = zip(
+            group.rows, group.scores.result().scores, group.log_probs.result(), strict=True
+        )
+        for (row, generated, sequence), score, log_probs in answers:
+            if not math.isfinite(score) or not np.isfinite(log_probs).all():
+                raise RolloutError(
+                    f"the response to prompt {row.record.prompt_id!r} got the score {score:g} and "
+                    f"{int((~np.isfinite(log_probs)).sum())} log-probs that are not finite; score "
+                    "that prompt by hand and serve a reward model and a reference whose weights "
+                    "are finite, then resume."
+                )
+            if len(log_probs) != sequence.response_length:
+                raise RolloutError(
+                    f"the reference service sent {len(log_probs)} log-probs for the "
+                    f"{sequence.response_length} tokens of the response to "
+                    f"{row.record.prompt_id!r}; serve the reference with the trainer's version of "
+                    "kleash, then resume."
+                )
+            yield (
+                row.index,
+                Sample(
+                    record=row.record,
+                    sequence=sequence,
+                    behaviour_log_probs=generated.log_probs,
+                    reference_log_probs=log_probs,
+                    score=self.reward.calibration.apply(score),
+                    uncalibrated_score=score,
+                    is_stopped=generated.finish_reason == "stop",
+                    weights_version=weights_version,
+                    version_spans=generated.version_spans,
+                    reward_revision=self.reward.revision,
+                    reference_revision=self.reference_revision,
+                ),
+            )
 
     def _present_replicas(self) -> list[int]:
         """Those that serve the newest version, or any where these have left; at least one."""
@@ -147,7 +206,13 @@ class Collector:
             there = list(self.services.policies)
             if replicas := [it for it in self._replicas if it in there] or there:
                 return replicas
-            patience.wait_after(Unavailable("no policy replica is there.", reason="NO_REPLICA"))
+            patience.wait_after(
+                Unavailable(
+                    "no policy replica is there; kubectl get pods shows why, and the run goes on "
+                    "when one is.",
+                    reason="NO_REPLICA",
+                )
+            )
 
     def _wait(self, futures: Sequence[Future]) -> None:
         """Until all are done; raises the first error at once, and when the run is to stop."""
@@ -186,7 +251,15 @@ class _Task:
             services=collector.services,
             config=config,
             tokenizer_sha256=collector.tokenizer_sha256,
-            reward_revision=collector.reward_revision,
+            pin=RewardPin(
+                collector.services.reward,
+                collector.reward.revision,
+                may_adopt=config.services.new_reward_model == "adopt",
+                told=collector._told,
+                describe_misfit=lambda answer: describe_misfit(
+                    answer, config, collector.tokenizer_sha256
+                ),
+            ),
             reference_revision=collector.reference_revision,
             pool=pool,
             is_over=self.is_over,
@@ -242,7 +315,8 @@ class _Task:
                         key = (generated.prompt_id, generated.sample_index)
                         if key not in known:
                             raise RolloutError(
-                                f"policy replica {replica} answered {key}, which nobody asked."
+                                f"policy replica {replica} answered {key}, which nobody asked; "
+                                "serve it with the trainer's version of kleash, then resume."
                             )
                         if generated.finish_reason == "aborted":
                             num_aborted += 1
@@ -259,7 +333,7 @@ class _Task:
             if len(missing) > num_aborted:
                 raise RolloutError(
                     f"policy replica {replica} ended its stream without {len(missing)} of "
-                    f"{len(rows)} responses."
+                    f"{len(rows)} responses; its log says why. Resume when it is mended."
                 )
 
     def _after(self, replica: int) -> int:
@@ -272,7 +346,10 @@ class _Task:
     def _policy(self, replica: int) -> Policy:
         policy = self._services.policies.get(replica)
         if policy is None:
-            raise Unavailable(f"policy replica {replica} has left.", reason="NO_REPLICA")
+            raise Unavailable(
+                f"policy replica {replica} has left; its share is asked of another.",
+                reason="NO_REPLICA",
+            )
         return policy
 
     def _bring_weights(self, replica: int) -> None:
@@ -305,34 +382,8 @@ def _sequence(row: Row, generated: GeneratedSequence, weights_version: int) -> T
     if not len(generated.ids) or len(generated.log_probs) != len(generated.ids):
         raise RolloutError(
             f"the response to prompt {row.record.prompt_id!r} has {len(generated.ids)} tokens and "
-            f"{len(generated.log_probs)} log-probs."
+            f"{len(generated.log_probs)} log-probs; serve the policy with the trainer's version of "
+            "kleash, then resume."
         )
     ids = np.concatenate([row.record.ids, generated.ids]).astype(np.int32)
     return TokenSequence(ids, response_start=len(row.record.ids))
-
-
-def _samples(group: Group, weights_version: int) -> Iterator[tuple[int, Sample]]:
-    answers = zip(group.rows, group.scores.result().scores, group.log_probs.result(), strict=True)
-    for (row, generated, sequence), score, log_probs in answers:
-        if not math.isfinite(score) or not np.isfinite(log_probs).all():
-            raise RolloutError(
-                f"the response to prompt {row.record.prompt_id!r} got a score or log-prob that is "
-                "not finite."
-            )
-        if len(log_probs) != sequence.response_length:
-            raise RolloutError(
-                f"the reference service sent {len(log_probs)} log-probs for the "
-                f"{sequence.response_length} tokens of the response to {row.record.prompt_id!r}."
-            )
-        yield (
-            row.index,
-            Sample(
-                record=row.record,
-                sequence=sequence,
-                behaviour_log_probs=generated.log_probs,
-                reference_log_probs=log_probs,
-                score=score,
-                is_stopped=generated.finish_reason == "stop",
-                weights_version=weights_version,
-            ),
-        )

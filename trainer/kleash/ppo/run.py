@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+from kleash.base.ending import end_at_once
 from kleash.base.errors import KleashError
 from kleash.base.progress import Progress
 from kleash.ppo.config import PPOConfig, ServicesConfig
@@ -78,8 +79,8 @@ def _signals_stop(control: Control) -> Iterator[None]:
 
     def stop(number: int, _frame: object) -> None:
         control.stop(abandon_rollout=True, signal_number=number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        for each in previous:
+            signal.signal(each, end_at_once)
         logger.info("%s: ending the run with a checkpoint", signal.Signals(number).name)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

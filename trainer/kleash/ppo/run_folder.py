@@ -4,6 +4,7 @@ OUT/run.json        id of the run, and the fence: how often a trainer started on
 OUT/config.json     the resolved configuration
 OUT/weights/        versions of the policy that were published, for replicas that fall behind
 OUT/metrics.jsonl   a line a step and a line an evaluation
+OUT/samples.jsonl   a line a response that was kept to be read
 OUT/trainer.lock    held by the living trainer; the kernel lets go of it whatever way that ends
 """
 
@@ -13,7 +14,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +94,38 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a line that survives a crash of the machine."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.path / "metrics.jsonl", [row])
+
+    def append_samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add lines to samples.jsonl."""
+        _append(self.path / "samples.jsonl", rows)
 
     def cut_back(self, step: int) -> None:
         """Forget what came after ``step``: it will be done again. -1 forgets everything."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
-        if rows or (self.path / "metrics.jsonl").exists():
-            write_whole(
-                self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
-            )
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.path / name).exists():
+                _cut_back(self.path / name, step)
         for path in self.evaluations.glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """End the file before the first line of a later step, or one that a crash cut."""
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            size += len(line)
+    os.truncate(path, size)
 
 
 @contextlib.contextmanager

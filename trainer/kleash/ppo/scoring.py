@@ -1,7 +1,7 @@
 """Scoring of finished responses: groups go to the reward and the reference service and come back.
 
-Nothing here generates. A call that finds a service away is repeated; answers of a model that is not
-the run's are refused, or where the run may adopt a new reward model, a step is scored by one alone.
+Nothing here generates. A call that finds a service away is repeated. Every call names the reward
+model of the step (pinning.py); a step is scored by one alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -19,17 +19,21 @@ from kleash.base.errors import KleashError
 from kleash.client.calls import ItemError
 from kleash.client.types import GeneratedSequence
 from kleash.lm.sequences import TokenSequence
+from kleash.ppo.calibration import Probe, RewardState
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.patience import Patience, is_curable
+from kleash.ppo.pinning import NUM_ASKED, REVISION_NOT_SERVED, RewardPin
 from kleash.ppo.rows import Row
 from kleash.ppo.services import Services
-from kleash.rpc.errors import PreconditionFailed, ServiceError
+from kleash.rpc.errors import NotFound, PreconditionFailed, ServiceError
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A", "Scored", list[np.ndarray])
 
 Finished = tuple[Row, GeneratedSequence, TokenSequence]
+Input = tuple[str, TokenSequence]
+"""Id of the prompt; prompt and response."""
 
 REVISION_CHANGED = "REVISION_CHANGED"
 
@@ -50,11 +54,18 @@ class Scored:
 
 
 @dataclass(eq=False)
-class Group:
-    """Responses that are scored together."""
+class ScoredGroup:
+    """Responses that the reward model scores together."""
+
+    inputs: list[Input]
+    scores: Future[Scored]
+
+
+@dataclass(eq=False)
+class Group(ScoredGroup):
+    """Responses of a rollout that are scored together, by the reference too."""
 
     rows: list[Finished]
-    scores: Future[Scored]
     log_probs: Future[list[np.ndarray]]
 
 
@@ -65,17 +76,32 @@ class Scoring:
     services: Services
     config: PPOConfig
     tokenizer_sha256: str
-    reward_revision: str
+    pin: RewardPin
     reference_revision: str
     pool: ThreadPoolExecutor
     is_over: threading.Event
+    refused: list[str] = field(default_factory=list)
+    """Revisions that no server had, once for each time."""
+
+    def begin_step(self) -> None:
+        """Choose the step's reward model. Blocks until the service tells which one it serves."""
+        patience = Patience(self.config.services.wait_s, self.is_over.is_set)
+        while True:
+            try:
+                return self.pin.begin_step()
+            except ServiceError as error:
+                if not is_curable(error):
+                    raise
+                patience.wait_after(error)
 
     def submit(self, rows: list[Finished]) -> Group:
         """Send a group to both services."""
+        inputs = [(row.record.prompt_id, sequence) for row, _, sequence in rows]
         return Group(
-            rows,
-            scores=self.pool.submit(self._retry, self._score, rows),
-            log_probs=self.pool.submit(self._retry, self._reference_log_probs, rows),
+            inputs,
+            scores=self.pool.submit(self._retry, self._score, inputs),
+            rows=rows,
+            log_probs=self.pool.submit(self._retry, self._reference_log_probs, inputs),
         )
 
     def check_reference(self) -> None:
@@ -95,51 +121,91 @@ class Scoring:
                 f"{self.reference_revision}; serve that reference again and resume."
             )
 
-    def settle(self, groups: Sequence[Group]) -> str:
-        """Until one reward model has scored all groups: score those again that another one did.
+    def settle(self, groups: Sequence[Group], state: RewardState) -> RewardState:
+        """Until the model of the step has scored all groups; blocks.
 
-        Blocks. Returns the revision. Replicas of two models answer while one is rolled out.
+        What another one scored before the step had to change its model is scored again. ``state``
+        is that of the step before; a new model scores its probes too, and is calibrated on them.
         """
         patience = Patience(self.config.services.wait_s, self.is_over.is_set)
+        probes: list[ScoredGroup] = []
         num_left = len(groups)
-        while len(revisions := {group.scores.result().revision for group in groups}) > 1:
-            # The new one: replicas of the old one are on their way out.
-            wanted = max(revisions - {self.reward_revision})
-            others = [group for group in groups if group.scores.result().revision != wanted]
+        while True:
+            wanted = self.pin.revision
+            if wanted != state.revision and not probes:
+                probes = self._submit_probes(state.probes)
+            parts = [*groups, *(probes if wanted != state.revision else ())]
+            others = [part for part in parts if part.scores.result().revision != wanted]
+            if self.pin.revision != wanted:
+                continue  # a call that was waited for has met a service without it
+            if not others:
+                break
             if len(others) < num_left:
                 num_left = len(others)
                 patience.start_again()
             patience.wait_after(
                 PreconditionFailed(
-                    f"{len(revisions)} reward models scored this step ({', '.join(revisions)}); "
-                    "is the roll-out stuck?",
+                    f"the reward model of this step became {wanted} while it was scored: a part is "
+                    "scored again; see kubectl rollout status if that goes on.",
                     reason=REVISION_CHANGED,
                 )
             )
-            for group in others:
-                group.scores = self.pool.submit(self._retry, self._score, group.rows)
-        return revisions.pop() if revisions else self.reward_revision
+            for part in others:
+                part.scores = self.pool.submit(self._retry, self._score, part.inputs)
+        if wanted == state.revision:
+            return state
+        if self.config.services.calibration == "none":
+            return RewardState(wanted)
+        return state.followed_by(
+            wanted, [score for part in probes for score in part.scores.result().scores]
+        )
+
+    def _submit_probes(self, probes: Sequence[Probe]) -> list[ScoredGroup]:
+        if self.config.services.calibration == "none":
+            return []
+        inputs = [(probe.prompt_id, probe.sequence) for probe in probes]
+        size = self.config.services.group_size
+        parts = [inputs[start : start + size] for start in range(0, len(inputs), size)]
+        return [
+            ScoredGroup(part, self.pool.submit(self._retry, self._score, part)) for part in parts
+        ]
 
     def _score(self, sequences: list[TokenSequence]) -> Scored:
-        scores = self.services.reward.score_tokens(
+        """By the model of the step. Where a server is without it, the next one of a round robin may
+        have it: calls in a row meet all, more of them each time that none had it.
+        """
+        revision = self.pin.revision
+        refusal: NotFound | None = None
+        for _ in range(NUM_ASKED + len(self.refused)):
+            try:
+                return self._score_by(revision, sequences)
+            except NotFound as error:
+                if error.reason != REVISION_NOT_SERVED:
+                    raise
+                refusal = error
+        assert refusal is not None
+        self.refused.append(revision)
+        self.pin.lost(revision, refusal)
+        raise NotFound(
+            f"{refusal.message.rstrip('.')}; the call is repeated, see kubectl rollout status if "
+            "that goes on.",
+            reason=REVISION_NOT_SERVED,
+        )
+
+    def _score_by(self, revision: str, sequences: list[TokenSequence]) -> Scored:
+        scores = self.services.reward.pinned(revision).score_tokens(
             sequences,
             tokenizer_sha256=self.tokenizer_sha256,
             normalize=True,
             isolate=self.config.isolate_scoring,
         )
-        revisions = {score.revision for score in scores} or {self.reward_revision}
-        if self.config.services.new_reward_model == "refuse":
-            for revision in revisions - {self.reward_revision}:
-                raise RolloutError(
-                    f"the reward service scored with {revision}, and the run began with "
-                    f"{self.reward_revision}; serve that reward model again and resume, or resume "
-                    "with services.new_reward_model=adopt."
-                )
-        elif len(revisions) > 1:
-            raise PreconditionFailed(
-                "two reward models scored one group of responses.", reason=REVISION_CHANGED
+        if others := {score.revision for score in scores} - {revision}:
+            raise RolloutError(
+                f"the reward service was asked for the scores of {revision} and sent those of "
+                f"{', '.join(sorted(others))}; serve it with the trainer's version of kleash, then "
+                "resume."
             )
-        return Scored([score.score for score in scores], min(revisions))
+        return Scored([score.score for score in scores], revision)
 
     def _reference_log_probs(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
         return self.services.reference.log_probs(
@@ -149,27 +215,29 @@ class Scoring:
             isolate=self.config.isolate_scoring,
         )
 
-    def _retry(self, function: Callable[[list[TokenSequence]], A], rows: list[Finished]) -> A:
+    def _retry(self, function: Callable[[list[TokenSequence]], A], inputs: list[Input]) -> A:
         """Call until the service is there; a response that it cannot score is named."""
         patience = Patience(self.config.services.wait_s, self.is_over.is_set)
         while True:
             try:
-                answers = function([sequence for _, _, sequence in rows])
+                answers = function([sequence for _, sequence in inputs])
             except ItemError as error:
-                prompt_id = rows[error.index][0].record.prompt_id
+                prompt_id, _ = inputs[error.index]
                 raise RolloutError(
                     f"the response to prompt {prompt_id!r} was not scored ({error.code}): "
-                    f"{error.cause}"
+                    f"{str(error.cause).rstrip('.')}; take that prompt out of --prompts, or raise "
+                    "the limit that it names, and resume."
                 ) from None
             except ServiceError as error:
-                may_adopt = self.config.services.new_reward_model == "adopt"
-                is_mixed = error.reason == REVISION_CHANGED and may_adopt
-                if not is_mixed and not is_curable(error):
+                # Another replica has the revision still, or the step has another one now.
+                if error.reason != REVISION_NOT_SERVED and not is_curable(error):
                     raise
                 patience.wait_after(error)
                 continue
-            if len(answers) != len(rows):
+            if len(answers) != len(inputs):
                 raise RolloutError(
-                    f"{len(rows)} sequences were sent to be scored, {len(answers)} came back."
+                    f"{len(inputs)} sequences were sent to be scored, {len(answers)} came back; "
+                    "serve reward model and reference with the trainer's version of kleash, then "
+                    "resume."
                 )
             return answers

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from kleash.ppo.config import PPOConfig, ServicesConfig
 from kleash.ppo.patience import Patience
 from kleash.reference.v1 import reference_pb2
 from kleash.reward.v1 import reward_pb2
-from kleash.rpc.errors import ServiceError, Unavailable
+from kleash.rpc.errors import NotFound, ServiceError, Unavailable
 from kleash.weights.coordinator import Replicas
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class Policy(Protocol):
 
 class Reward(Protocol):
     """RewardClient or LocalReward."""
+
+    def pinned(self, revision: str) -> Self: ...
 
     def get_model(self) -> reward_pb2.GetModelResponse: ...
 
@@ -186,35 +188,28 @@ def shake_hands(
     *,
     tokenizer_sha256: str,
     reference_digest: Callable[[str], str],
+    reward_revision: str = "",
 ) -> Handshake:
     """Check that the services fit the run.
 
     Args:
         tokenizer_sha256: digest of the SFT checkpoint's tokenizer.
         reference_digest: digest of the SFT checkpoint's weights in a data type.
+        reward_revision: of the reward model that the run goes on with, which the service may hold
+            beside a newer one; empty for a run that begins.
 
     Raises ConfigError with what was seen and the remedy.
     """
-    reward, reference = services.reward.get_model(), services.reference.get_model()
+    reward = _held_or_newest(services.reward, reward_revision)
+    reference = services.reference.get_model()
     told: list[tuple[str, Any]] = [("reward", reward), ("reference", reference)]
     policies = dict(services.policies)
     for replica, answer in _answers(policies, config, lambda its: its.get_policy()).items():
         name = "policy" if len(policies) == 1 else f"policy (replica {replica})"
         told.append((name, answer))
     for name, answer in told:
-        if answer.tokenizer_sha256 != tokenizer_sha256:
-            raise ConfigError(
-                f"the {name} service has another tokenizer ({answer.tokenizer_sha256[:12]}) than "
-                f"{config.model} ({tokenizer_sha256[:12]}); serve a model that was trained from "
-                "this SFT checkpoint."
-            )
-        if answer.limits.max_item_tokens < config.max_sequence_tokens:
-            raise ConfigError(
-                f"the {name} service takes sequences of {answer.limits.max_item_tokens} tokens, "
-                f"but max_prompt_tokens {config.max_prompt_tokens} plus sampling.max_new_tokens "
-                f"{config.sampling.max_new_tokens} is {config.max_sequence_tokens}; lower these or "
-                "raise the service's limit."
-            )
+        if why := describe_misfit(answer, config, tokenizer_sha256):
+            raise ConfigError(f"the {name} service {why}.")
     frozen = reference_digest(reference.dtype)
     if reference.model.revision != frozen:
         raise ConfigError(
@@ -225,6 +220,32 @@ def shake_hands(
     served = _answers(dict(services.weights), config, lambda its: its.get_weights())
     fence = max(answer.fence for answer in served.values())
     return Handshake(reward.model.revision, reference.model.revision, fence)
+
+
+def _held_or_newest(reward: Reward, revision: str) -> reward_pb2.GetModelResponse:
+    try:
+        return reward.pinned(revision).get_model()
+    except NotFound:
+        return reward.get_model()
+
+
+def describe_misfit(answer: Any, config: PPOConfig, tokenizer_sha256: str) -> str:
+    """Why a service that says this of itself cannot work for the run, with the remedy; "" if it
+    can. Goes on from "the service".
+    """
+    if answer.tokenizer_sha256 != tokenizer_sha256:
+        return (
+            f"has another tokenizer ({answer.tokenizer_sha256[:12]}) than {config.model} "
+            f"({tokenizer_sha256[:12]}); serve a model that was trained from this SFT checkpoint"
+        )
+    if answer.limits.max_item_tokens < config.max_sequence_tokens:
+        return (
+            f"takes sequences of {answer.limits.max_item_tokens} tokens, but max_prompt_tokens "
+            f"{config.max_prompt_tokens} plus sampling.max_new_tokens "
+            f"{config.sampling.max_new_tokens} is {config.max_sequence_tokens}; lower these or "
+            "raise the service's limit"
+        )
+    return ""
 
 
 def _answers(replicas: Mapping[int, R], config: PPOConfig, ask: Callable[[R], T]) -> dict[int, T]:
@@ -239,5 +260,9 @@ def _answers(replicas: Mapping[int, R], config: PPOConfig, ask: Callable[[R], T]
                 raise
             missing = error
     if not answers:
-        raise missing or Unavailable("no policy replica is there.", reason="NO_REPLICA")
+        raise missing or Unavailable(
+            "every policy replica has left; kubectl get pods shows why, and the run goes on when "
+            "one is there.",
+            reason="NO_REPLICA",
+        )
     return answers

@@ -8,33 +8,33 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
-from kleash.base.errors import ConfigError, ModelError
 from kleash.data.demonstrations import load_demonstrations
 from kleash.data.jsonl import Loaded
 from kleash.data.prompts import PromptRecord, load_prompts
 from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
-from kleash.lm.heads import ValueModel
 from kleash.lm.lineage import describe_lineage
-from kleash.lm.load import load_causal_lm, load_tokenizer, max_positions
+from kleash.lm.load import load_causal_lm, load_tokenizer
 from kleash.lm.sequences import TokenSequence
 from kleash.ppo import checkpoint as checkpoints
+from kleash.ppo.batch import RolloutBatch
+from kleash.ppo.calibration import Calibration, Probe, RewardState
 from kleash.ppo.checkpoint import Checkpoint, RunPosition
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
 from kleash.ppo.evaluation import Evaluator, load_judge
 from kleash.ppo.learner import Learner
 from kleash.ppo.lease import PublishLease
+from kleash.ppo.models import check_vocabulary_and_length, make_learner, sft_digest
 from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.publish import Canary, Publisher, PublishReport
 from kleash.ppo.randomness import draw
-from kleash.ppo.rollout import Collector
+from kleash.ppo.rollout import Collector, Rollout
 from kleash.ppo.run_folder import RunFolder, open_run_folder
+from kleash.ppo.samples import describe_samples
 from kleash.ppo.services import Services, shake_hands
 from kleash.ppo.telemetry import export
 from kleash.rpc.errors import ServiceError
@@ -63,6 +63,8 @@ class Session:
     position: RunPosition
     saved_step: int
     """Step of the newest checkpoint; 0 without one."""
+    policy_digest: str = ""
+    """Of the weights that the replicas serve; empty before the first publish."""
 
     # --------------------------------------------------------------------------------- the loop's
 
@@ -84,6 +86,7 @@ class Session:
             try:
                 report = self.publisher.publish(self.learner.policy, version)
                 self.collector.use_replicas(report.replicas)
+                self.policy_digest = report.digest
                 return report
             except ServiceError as error:
                 if not is_curable(error):
@@ -94,17 +97,41 @@ class Session:
                     return None
                 patience.wait_after(error)
 
-    def note_reward_model(self, revision: str) -> None:
-        """The step at hand was scored by this model: the run's lineage names it from now on."""
-        if revision != self.digests["reward_model"]:
-            logger.warning(
-                "step %d is scored by reward model %s, the steps before it by %s",
-                self.position.step + 1,
-                revision,
-                self.digests["reward_model"],
-                extra={"event": "RewardModelAdopted"},
+    def note_rollout(self, rollout: Rollout) -> dict[str, float]:
+        """The step at hand has its scores: the lineage names their model from now on, and probes
+        for a next one are kept. Returns the figures of the calibration.
+        """
+        self._note_reward_model()
+        services, reward = self.config.services, self.collector.reward
+        if services.calibration != "none":
+            probes = [
+                Probe(sample.record.prompt_id, sample.sequence, sample.score)
+                for sample in rollout.samples
+            ]
+            self.collector.reward = reward.with_probes(probes, services.calibration_samples)
+        calibration = reward.calibration
+        if services.calibration == "none" and calibration == Calibration():
+            return {}
+        return {
+            "reward_calibration_scale": calibration.scale,
+            "reward_calibration_shift": calibration.shift,
+        }
+
+    def keep_samples(
+        self, rollout: Rollout, batch: RolloutBatch, *, step: int, kl_coefficient: float
+    ) -> None:
+        """Write the first responses of the step to samples.jsonl, as often as the run wants."""
+        config = self.config
+        if config.samples.per_step and step % config.samples.every == 0:
+            rows = describe_samples(
+                rollout.samples[: config.samples.per_step],
+                batch,
+                self.tokenizer,
+                config.algorithm,
+                kl_coefficient=kl_coefficient,
             )
-            self.digests["reward_model"] = revision
+            known = {"step": step, "policy_digest": self.policy_digest}
+            self.folder.append_samples([known | row for row in rows])
 
     def record(self, metrics: dict[str, float]) -> None:
         """A step is done: keep its figures and move on."""
@@ -129,6 +156,7 @@ class Session:
             weights_version=self.position.weights_version,
             folder=self.folder.evaluations,
         )
+        self._note_reward_model()
         self.folder.append_metrics({"step": step, **figures})
         return figures
 
@@ -146,6 +174,7 @@ class Session:
             run_id=self.folder.run_id,
             fence=self.folder.fence,
             digests=self.digests,
+            reward=self.collector.reward,
             lineage=self.lineage(),
         )
         self.saved_step = self.position.step
@@ -167,7 +196,23 @@ class Session:
             "run_id": self.folder.run_id,
             "step": self.position.step,
             "reward_model_digest": self.digests["reward_model"],
+            "reward_calibration": asdict(self.collector.reward.calibration),
         }
+
+    def _note_reward_model(self) -> None:
+        reward = self.collector.reward
+        if reward.revision != self.digests["reward_model"]:
+            logger.warning(
+                "from step %d on scores are those of reward model %s times %.6g plus %.6g, and "
+                "were those of %s",
+                self.position.step + 1,
+                reward.revision,
+                reward.calibration.scale,
+                reward.calibration.shift,
+                self.digests["reward_model"],
+                extra={"event": "RewardModelAdopted"},
+            )
+            self.digests["reward_model"] = reward.revision
 
     def _was_evaluated(self, step: int) -> bool:
         path = self.folder.evaluations / f"step-{step:06d}.jsonl"
@@ -209,25 +254,31 @@ def _prepare(
         config.model, pad_token=config.pad_token, chat_template=config.chat_template
     )
     policy = load_causal_lm(config.model, device=config.device)
-    _check_vocabulary_and_length(config, policy, tokenizer)
+    check_vocabulary_and_length(config, policy, tokenizer)
     prompts = load_prompts(
         config.prompts, tokenizer, max_tokens=config.max_prompt_tokens, skip_bad=config.skip_bad
     )
     evaluator, pretraining = _evaluator(config, tokenizer), _pretraining(config, tokenizer)
     digest = tokenizer_sha256(tokenizer)
+    saved = checkpoints.newest(folder.checkpoints)
     hands = shake_hands(
-        services, config, tokenizer_sha256=digest, reference_digest=partial(_digest, config)
+        services,
+        config,
+        tokenizer_sha256=digest,
+        reference_digest=partial(sft_digest, config),
+        reward_revision=saved.reward.revision if saved else "",
     )
     digests = {
-        "sft_checkpoint": _digest(config, "auto"),
+        "sft_checkpoint": sft_digest(config, "auto"),
         "tokenizer": digest,
         "chat_template": chat_template_sha256(tokenizer),
         "reward_model": hands.reward_revision,
         "prompts": prompts.sha256,
         **({"pretraining_data": pretraining.sha256} if pretraining is not None else {}),
     }
-    saved = checkpoints.newest(folder.checkpoints)
-    learner = _learner(config, policy, pretraining or (), saved, digests)
+    learner = make_learner(config, policy, pretraining or (), saved, digests)
+    # A new reward model is adopted when a step begins, by a run that goes on as by any other.
+    reward = saved.reward if saved else RewardState(hands.reward_revision)
     _go_back(folder, saved)
     folder.begin(config, max(hands.fence, lease.fence, saved.fence if saved else 0))
     lease.record(folder.run_id, folder.fence)
@@ -247,61 +298,16 @@ def _prepare(
             services,
             config,
             tokenizer_sha256=digest,
-            reward_revision=hands.reward_revision,
+            reward=reward,
             reference_revision=hands.reference_revision,
             ensure_weights=publisher.ensure,
             is_abandoned=control.is_abandoned,
         ),
         evaluator=evaluator,
-        digests=digests,
+        digests=digests | {"reward_model": reward.revision},
         position=saved.position if saved else RunPosition(),
         saved_step=saved.position.step if saved else 0,
     )
-
-
-def _digest(config: PPOConfig, dtype: str) -> str:
-    """Digest of the SFT checkpoint's weights in a data type, or as they are stored ("auto")."""
-    return model_digest(load_causal_lm(config.model, dtype=dtype))  # pyright: ignore[reportArgumentType]
-
-
-def _learner(
-    config: PPOConfig,
-    policy: Any,
-    pretraining: Sequence[TokenSequence],
-    saved: Checkpoint | None,
-    digests: dict[str, str],
-) -> Learner:
-    """At the start of the run, or where ``saved`` left it."""
-    if saved is None:
-        return Learner(policy, _value_model(config), config, pretraining)
-    saved.check_config(config)
-    saved.check_digests(digests, may_adopt=config.services.new_reward_model == "adopt")
-    policy = load_causal_lm(saved.path / "policy", device=config.device)
-    learner = Learner(policy, _value_model(config), config, pretraining)
-    saved.load_into(learner)
-    return learner
-
-
-def _check_vocabulary_and_length(config: PPOConfig, policy: Any, tokenizer: Any) -> None:
-    if config.max_sequence_tokens > max_positions(policy):
-        raise ConfigError(
-            f"max_prompt_tokens {config.max_prompt_tokens} plus sampling.max_new_tokens "
-            f"{config.sampling.max_new_tokens} is {config.max_sequence_tokens}, but the model in "
-            f"{config.model} takes {max_positions(policy)} tokens; lower one of them."
-        )
-    num_embeddings = policy.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_embeddings:
-        raise ModelError(
-            f"the tokenizer in {config.model} has {len(tokenizer)} tokens and the model "
-            f"{num_embeddings}; name a pad token that is in the vocabulary, or let kleash sft make "
-            "room for it."
-        )
-    for token in config.sampling.stop_token_ids:
-        if not 0 <= token < num_embeddings:
-            raise ConfigError(
-                f"sampling.stop_token_ids has {token}, and the model in {config.model} has the ids "
-                f"0 to {num_embeddings - 1}; correct it, or leave it out for the model's own."
-            )
 
 
 def _evaluator(config: PPOConfig, tokenizer: Any) -> Evaluator | None:
@@ -315,18 +321,6 @@ def _evaluator(config: PPOConfig, tokenizer: Any) -> Evaluator | None:
     )
     judge = load_judge(config.evaluation.judge) if config.evaluation.judge else None
     return Evaluator(prompts[: config.evaluation.num_prompts], tokenizer, config.seed, judge)
-
-
-def _value_model(config: PPOConfig) -> ValueModel:
-    if config.value.init == "reward_model":
-        assert config.reward_model is not None
-        return ValueModel.from_reward_model(config.reward_model, device=config.device)
-    causal = load_causal_lm(config.model, device=config.device)
-    backbone = getattr(causal, causal.base_model_prefix)
-    head = torch.nn.Linear(causal.config.hidden_size, 1, device=config.device)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    return ValueModel(backbone, head)
 
 
 def _pretraining(config: PPOConfig, tokenizer: Any) -> Loaded[TokenSequence] | None:

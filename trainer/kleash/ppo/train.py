@@ -96,12 +96,12 @@ def ppo_step(run: Session) -> dict[str, float]:
     rollout = run.collector.collect(
         run.draw_prompts(), seed=sampling_seed(config.seed, step), weights_version=version
     )
-
-    run.note_reward_model(rollout.reward_revision)
+    calibration = run.note_rollout(rollout)
 
     # Old log-probs, values, rewards = score - beta * KL, advantages: before any update.
     collected = time.monotonic()
     batch, figures = learner.prepare(rollout.samples)
+    run.keep_samples(rollout, batch, step=step, kl_coefficient=figures["kl_coefficient"])
 
     # Epochs over minibatches: clipped policy loss, clipped value loss, one optimizer step each.
     prepared = time.monotonic()
@@ -119,6 +119,7 @@ def ppo_step(run: Session) -> dict[str, float]:
         "step": step,
         "weights_version": version,
         **figures,
+        **calibration,
         "time_generate_s": rollout.generate_s,
         "time_score_s": rollout.score_s,
         "time_old_log_probs_s": prepared - collected,
