@@ -191,7 +191,7 @@ def test_model_that_sees_later_tokens_is_refused(
     """Right padding would change the scores of a bidirectional model."""
     import kleash.reward.classifier
 
-    load = kleash.reward.classifier.load_sequence_classifier
+    load = kleash.reward.classifier.load_classifier
 
     def load_bidirectional(*args: Any, **options: Any) -> Any:
         model = load(*args, **options)
@@ -199,7 +199,7 @@ def test_model_that_sees_later_tokens_is_refused(
             layer.self_attn.is_causal = False
         return model
 
-    monkeypatch.setattr(kleash.reward.classifier, "load_sequence_classifier", load_bidirectional)
+    monkeypatch.setattr(kleash.reward.classifier, "load_classifier", load_bidirectional)
     with pytest.raises(ModelError, match="lets tokens see later ones"):
         ClassifierModel.load(RewardConfig(model=tiny_reward_folder).frozen(), Limits())
 

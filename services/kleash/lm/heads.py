@@ -97,6 +97,11 @@ def check_scalar_head(model: Any, folder: Path | str) -> None:
 
 def position_scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Raw scalar-head output at every position: (B, S) float32. ids (B, S) right-padded."""
+    return position_logits(model, ids).squeeze(-1)
+
+
+def position_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Raw output of the head at every position: (B, S, labels) float32. ids right-padded."""
     backbone = getattr(model, model.base_model_prefix)
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
     return _project(model.score, hidden)
@@ -139,7 +144,7 @@ class ValueModel(torch.nn.Module):
         V_t is read at the position before token t, that is, before the token is emitted.
         """
         hidden = self.backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
-        values = _project(self.head, hidden)
+        values = _project(self.head, hidden).squeeze(-1)
         return values.gather(1, batch.response_columns(offset=-1)) * batch.response_mask
 
 
@@ -147,4 +152,4 @@ def _project(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     bias = head.bias.float() if head.bias is not None else None
     # Autocast would take the float32 operands back to bfloat16.
     with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)

@@ -49,7 +49,11 @@ def check_model_folder(folder: Path | str) -> Path:
 
 
 def load_tokenizer(
-    folder: Path | str, *, pad_token: str | None = None, chat_template: Path | str | None = None
+    folder: Path | str,
+    *,
+    pad_token: str | None = None,
+    chat_template: Path | str | None = None,
+    needs_eos: bool = True,
 ) -> Any:
     """Load the tokenizer of a checkpoint folder.
 
@@ -57,6 +61,7 @@ def load_tokenizer(
         pad_token: text of a token to pad with, for tokenizers without one; it is added to the
             vocabulary when it is not in it (the caller then calls ``resize_embeddings``).
         chat_template: file with a Jinja chat template to use instead of the tokenizer's own.
+        needs_eos: refuse a tokenizer without an end-of-sequence token, as an encoder's may be.
 
     Raises ModelError when there is no tokenizer, no end-of-sequence token, no pad token, or when
     pad and end-of-sequence are the same token: whatever masks pads would then never stop.
@@ -82,7 +87,7 @@ def load_tokenizer(
         tokenizer.chat_template = _read_chat_template(Path(chat_template))
     if pad_token is not None and tokenizer.pad_token != pad_token:
         tokenizer.add_special_tokens({"pad_token": pad_token})
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer in {folder} has no end-of-sequence token; "
             "set eos_token in its tokenizer_config.json."
@@ -113,10 +118,17 @@ def load_sequence_classifier(
     folder: Path | str, *, dtype: Dtype | Literal["auto"] = "float32", device: str = "cpu"
 ) -> Any:
     """Load a one-label sequence classifier (a reward model) in evaluation mode with dropout off."""
-    model = _load("AutoModelForSequenceClassification", folder, dtype, device)
+    model = load_classifier(folder, dtype=dtype, device=device)
     if model.config.num_labels != 1:
         raise ModelError(f"{folder} has {model.config.num_labels} labels; a reward model has one.")
     return model
+
+
+def load_classifier(
+    folder: Path | str, *, dtype: Dtype | Literal["auto"] = "float32", device: str = "cpu"
+) -> Any:
+    """As load_sequence_classifier, with any number of labels."""
+    return _load("AutoModelForSequenceClassification", folder, dtype, device)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -244,12 +256,20 @@ def read_lineage(folder: Path | str) -> dict[str, Any]:
 
 def max_positions(model: Any) -> int:
     """Longest sequence that the model accepts, in tokens."""
-    config = model.config
-    return int(
+    config = model.config.get_text_config()
+    positions = int(
         getattr(config, "max_position_embeddings", None)
         or getattr(config, "n_positions", None)
         or 2**31 - 1
     )
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the one after the pad's.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return positions - int(module.padding_idx) - 1
+    return positions
 
 
 def _quiet_transformers() -> None:

@@ -69,6 +69,9 @@ def complete(
     scale = facts.normalization if prepared.options.normalize else Normalization()
     for index, job, raw in zip(prepared.job_items, prepared.jobs, raw_scores, strict=True):
         result = prepared.results[index]
+        if raw.fault is not None:
+            result.code, result.error_message = raw.fault
+            continue
         score = _scaled(np.array([raw.score]), scale)
         values = score if raw.token_scores is None else _scaled(raw.token_scores, scale)
         parts = np.array([*raw.components, raw.uncertainty / scale.std], dtype=np.float32)
@@ -78,7 +81,8 @@ def complete(
             continue
         result.code = common_pb2.ITEM_STATUS_CODE_OK
         result.score = float(score[0])
-        result.token_count = job.num_tokens
+        result.token_count = job.num_tokens if raw.num_tokens is None else raw.num_tokens
+        result.truncated = job.is_truncated or raw.is_truncated
         if raw.token_scores is not None:
             result.token_scores.CopyFrom(encode_floats(values))
         for component, value in zip(facts.components, raw.components, strict=True):

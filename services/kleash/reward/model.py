@@ -1,12 +1,16 @@
 """What a reward model is to the service: inputs to jobs, jobs to raw scores. No gRPC, no queue.
 
     ClassifierModel   a Hugging Face sequence classifier: classifier.py
+    FunctionModel     a Python function in a process of its own: function.py
+    RemoteModel       a model of another reward service: remote.py
+    Ensemble          several of these, whose scores are combined: ensemble.py
 
 Each kind is one module; load.py makes the one that a configuration asks for.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +21,9 @@ import numpy as np
 from kleash.common.v1 import common_pb2
 from kleash.lm.heads import Normalization
 from kleash.reward.v1 import reward_pb2
+
+BYTES_PER_TOKEN = 4
+"""Of text, where no tokenizer counts: about what English takes."""
 
 Fault = tuple[common_pb2.ItemStatusCode, str]
 """Status of an item that has no score, and the cause."""
@@ -61,7 +68,7 @@ class ScoreJob:
     content: Any
     """What the model's ``compute`` takes; int32 token ids for a classifier."""
     num_tokens: int
-    """Its size in a batch, at least 1."""
+    """Its size in a batch, at least 1. A model without a tokenizer estimates it."""
     wants_token_scores: bool = False
     is_truncated: bool = False
 
@@ -70,7 +77,7 @@ class ScoreJob:
 class RawScore:
     """What the model answered for one item, before normalization."""
 
-    score: float
+    score: float = math.nan
     """May be NaN, which the caller must not pass on."""
     token_scores: np.ndarray | None = None
     """float32, one per token, when asked for."""
@@ -78,6 +85,17 @@ class RawScore:
     """One raw score per component of the model."""
     uncertainty: float = 0.0
     """Standard deviation of an ensemble's members."""
+    fault: Fault | None = None
+    """Why this item has no score, where only computing it could tell."""
+    num_tokens: int | None = None
+    """Tokens that the model saw, where the job's size is an estimate; 0 for none known."""
+    is_truncated: bool = False
+    """What only the model could tell; a job tells it otherwise."""
+
+
+def estimated_tokens(text: str) -> int:
+    """Size of a text in a batch where no tokenizer counts: its UTF-8 bytes by 4, at least 1."""
+    return max(1, -(-len(text.encode()) // BYTES_PER_TOKEN))
 
 
 class RewardModel(ABC):
@@ -86,6 +104,10 @@ class RewardModel(ABC):
     uses_model_thread = True
     """Whether ``compute`` keeps the processor or the GPU busy, so that one model computes at a
     time; False for one that waits for others."""
+
+    is_outdated = False
+    """Whether what it was loaded from is another revision by now, so that it refuses calls until
+    it is loaded again."""
 
     def __init__(self, facts: ModelFacts) -> None:
         self.facts = facts

@@ -99,8 +99,12 @@ class ModelShelf:
         self._thread.stop()
 
     def heartbeat_age_s(self) -> float:
-        """Seconds since the last sign of life of the slowest model; 0 when all are idle."""
-        return max(shelved.batcher.heartbeat_age_s() for shelved in self._held)
+        """Seconds since the last sign of life of the slowest model; 0 when all are idle.
+
+        A model that waits for others has a time limit of its own, however long.
+        """
+        busy = [shelved for shelved in self._held if shelved.model.uses_model_thread]
+        return max((shelved.batcher.heartbeat_age_s() for shelved in busy), default=0.0)
 
     @property
     def served(self) -> list[common_pb2.ServedModel]:

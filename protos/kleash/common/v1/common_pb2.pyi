@@ -14,11 +14,13 @@ class ItemStatusCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ITEM_STATUS_CODE_INPUT_TOO_LONG: _ClassVar[ItemStatusCode]
     ITEM_STATUS_CODE_INVALID_INPUT: _ClassVar[ItemStatusCode]
     ITEM_STATUS_CODE_NON_FINITE: _ClassVar[ItemStatusCode]
+    ITEM_STATUS_CODE_FAILED: _ClassVar[ItemStatusCode]
 ITEM_STATUS_CODE_UNSPECIFIED: ItemStatusCode
 ITEM_STATUS_CODE_OK: ItemStatusCode
 ITEM_STATUS_CODE_INPUT_TOO_LONG: ItemStatusCode
 ITEM_STATUS_CODE_INVALID_INPUT: ItemStatusCode
 ITEM_STATUS_CODE_NON_FINITE: ItemStatusCode
+ITEM_STATUS_CODE_FAILED: ItemStatusCode
 
 class TokenIds(_message.Message):
     __slots__ = ("ids_i32", "count")
