@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import REGISTRY
 
-import kleash.reward.admin
+import kleash.reward.replace
 from kleash.client.reward import RewardClient
 from kleash.client.reward_admin import RewardAdminClient
 from kleash.lm.heads import Normalization, reward_model_from_causal_lm
@@ -227,13 +227,13 @@ def test_calls_go_on_while_models_are_replaced(world: World) -> None:
 def test_a_load_goes_on_without_its_caller(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second call of the same waits for it and finds the model served."""
     may_load = threading.Event()
-    load = kleash.reward.admin.load_model
+    load = kleash.reward.replace.load_model
 
     def load_slowly(*arguments: Any) -> Any:
         assert may_load.wait(60)
         return load(*arguments)
 
-    monkeypatch.setattr(kleash.reward.admin, "load_model", load_slowly)
+    monkeypatch.setattr(kleash.reward.replace, "load_model", load_slowly)
     first = world.revision
     with (
         RewardAdminClient(world.server.address, timeout_s=0.2) as hasty,
@@ -305,5 +305,97 @@ def infos() -> set[str]:
 
 def health(address: str) -> int:
     with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         return stub.Check(health_pb2.HealthCheckRequest(service="")).status
+
+
+@pytest.fixture
+def several(folders: dict[str, Path], tmp_path: Path) -> Iterator[World]:
+    """Two members, an ensemble of them, an ensemble of that, and a function."""
+    (tmp_path / "counts.py").write_text(
+        "def length(items):\n    return [len(item['text']) for item in items]\n"
+    )
+    yield from serve(
+        folders,
+        model=None,
+        name="",
+        default="both",
+        models={
+            "a": {"model": folders["first"]},
+            "b": {"model": folders["second"]},
+            "both": {"ensemble": ["a", "b"]},
+            "all": {"ensemble": ["both", "count"]},
+            "count": {"function": "counts:length", "function_path": [tmp_path]},
+        },
+    )
+
+
+def revisions(world: World) -> dict[str, str]:
+    return {model.name: model.revision for model in world.client.list_models()}
+
+
+def test_ensembles_follow_their_members(several: World) -> None:
+    before = revisions(several)
+    several.load("third", model="b")
+    after = revisions(several)
+    assert {name for name in after if after[name] != before[name]} == {"b", "both", "all"}
+    told = several.client.get_model()
+    assert [each.revision for each in told.components] == [after["a"], after["b"]]
+
+    def scores(name: str) -> list[float]:
+        with RewardClient(several.server.address, model=name) as client:
+            return [score.score for score in client.score_texts(TEXTS)]
+
+    means = [(a + b) / 2 for a, b in zip(scores("a"), scores("b"), strict=True)]
+    assert scores("both") == pytest.approx(means, abs=1e-5)
+
+
+def test_ensembles_of_what_is_unloaded_go_with_it(several: World) -> None:
+    before = revisions(several)
+    several.load("third", model="b")
+    for name in ("b", "both", "all"):
+        with RewardClient(several.server.address, model=name, revision=before[name]) as client:
+            assert all(score.is_ok for score in client.score_texts(TEXTS))
+    several.admin.unload_revision(before["b"], model="b")
+    for name in ("b", "both", "all"):
+        with (
+            RewardClient(several.server.address, model=name, revision=before[name]) as client,
+            pytest.raises(NotFound),
+        ):
+            client.score_texts(TEXTS)
+
+
+def test_what_has_no_folder_is_loaded_anew(several: World, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"'both' is an ensemble: load one of its .*\(a, b\)"):
+        several.load("third", model="both")
+    with pytest.raises(InvalidRequest, match="'count' is a function and has no folder"):
+        several.load("third", model="count")
+    before = revisions(several)
+    (tmp_path / "counts.py").write_text("def length(items):\n    return [7.0] * len(items)\n")
+    answer = several.admin.load_model("", model="count")
+    assert answer.previous.revision == before["count"] != answer.model.revision
+    with RewardClient(several.server.address, model="count") as client:
+        assert [score.score for score in client.score_texts(TEXTS)] == [7.0] * len(TEXTS)
+
+
+def test_a_remote_model_follows_its_service(world: World) -> None:
+    """The service behind replaces its model; this one refuses, and then serves the new revision."""
+    config = RewardConfig(remote=world.server.address, name="far")
+    with (
+        BackgroundServer([RewardService(config)], ServerConfig()) as server,
+        RewardClient(server.address) as client,
+    ):
+        first = world.revision
+        assert {score.revision for score in client.score_texts(TEXTS)} == {first}
+        second = world.load("second").model.revision
+        assert {score.revision for score in client.score_texts(TEXTS)} == {first}
+        world.admin.unload_revision(first)
+        give_up = time.monotonic() + 60
+        seen: set[str] = set()
+        while second not in seen and time.monotonic() < give_up:
+            try:
+                seen |= {score.revision for score in client.score_texts(TEXTS)}
+            except PreconditionFailed as error:
+                assert error.reason == "REVISION_CHANGED"
+            time.sleep(0.1)
+        assert seen == {second}

@@ -9,6 +9,7 @@ import grpc
 from kleash.reward.admin import RewardAdminServicer
 from kleash.reward.config import RewardConfig
 from kleash.reward.load import load_models
+from kleash.reward.replace import ModelReplacer
 from kleash.reward.servicer import RewardServicer
 from kleash.reward.shelf import ModelShelf
 from kleash.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
@@ -27,6 +28,7 @@ class RewardService:
         self._config = config
         self._threads = ThreadPoolExecutor(NUM_REQUEST_THREADS, "kleash-reward-requests")
         self._shelf: ModelShelf | None = None
+        self._replacer: ModelReplacer | None = None
         self._is_started = False
 
     def load(self) -> None:
@@ -35,6 +37,11 @@ class RewardService:
             load_models(self._config),
             self._config.limits,
             default_name=self._config.default_name,
+            ensembles={
+                name: entry
+                for name, entry in self._config.entries().items()
+                if entry.kind == "ensemble"
+            },
             keep_previous_s=self._config.keep_previous_s,
         )
 
@@ -43,13 +50,16 @@ class RewardService:
         assert self._shelf is not None, "register() before load()"
         servicer = RewardServicer(self._shelf, self._threads)
         reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
-        admin = RewardAdminServicer(self._shelf, self._config)
+        self._replacer = ModelReplacer(self._shelf, self._config)
+        admin = RewardAdminServicer(self._shelf, self._replacer, self._config.admins)
         admin_pb2_grpc.add_RewardAdminServiceServicer_to_server(admin, server)
 
     async def start(self) -> None:
         """Start the queues; after register."""
         assert self._shelf is not None, "start() before load()"
+        assert self._replacer is not None, "start() before register()"
         await self._shelf.start()
+        self._replacer.start()
         self._is_started = True
 
     def is_ready(self, full_name: str) -> bool:  # noqa: ARG002
@@ -63,6 +73,8 @@ class RewardService:
     async def stop(self) -> None:
         """Finish running work and refuse new work."""
         self._is_started = False
+        if self._replacer is not None:
+            self._replacer.stop()
         if self._shelf is not None:
             await self._shelf.stop()
         self._threads.shutdown(wait=False)

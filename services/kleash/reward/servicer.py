@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, Callable, Iterable
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -17,6 +17,7 @@ from kleash.client.calls import item_code
 from kleash.reward.model import RawScore, ScoreJob
 from kleash.reward.shelf import SERVICE, ModelShelf, ShelvedModel
 from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
+from kleash.rpc import audit
 from kleash.rpc.errors import Overloaded
 from kleash.rpc.work import Work, answer
 
@@ -40,7 +41,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.ScoreResponse:
         """Score a batch."""
-        model = self._shelf.find(request.model, request.revision)
+        model = self._find(request, num_items=len(request.items))
         response = await self._answer(model, lambda: model.requests.score(request))
         _record(model, response.results)
         return response
@@ -72,7 +73,8 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
                 async for request in request_iterator:
                     if model is None:
                         options = request.options
-                        model = self._shelf.find(request.model, request.revision)
+                        model = self._find(request)
+                    audit.note(num_items=1)
                     await window.acquire()
                     tasks.create_task(serve(model, request.item))
         except BaseExceptionGroup as faults:
@@ -82,7 +84,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.CompareRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.CompareResponse:
         """Rank candidate responses to one prompt."""
-        model = self._shelf.find(request.model, request.revision)
+        model = self._find(request, num_items=len(request.responses))
         response = await self._answer(model, lambda: model.requests.compare(request))
         _record(model, response.results)
         return response
@@ -91,7 +93,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.CountTokensRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.CountTokensResponse:
         """Count tokens, before any truncation."""
-        requests = self._shelf.find(request.model, request.revision).requests
+        requests = self._find(request, num_items=len(request.items)).requests
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, requests.count_tokens, request)
 
@@ -99,13 +101,20 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.GetModelResponse:
         """Describe a model."""
-        return self._shelf.find(request.model, request.revision).requests.get_model()
+        return self._find(request).requests.get_model()
 
     async def ListModels(
         self, request: reward_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.ListModelsResponse:
         """Name the served models."""
         return reward_pb2.ListModelsResponse(models=self._shelf.served)
+
+    def _find(self, request: Any, *, num_items: int | None = None) -> ShelvedModel:
+        """The model that a request names. Raises NotFound."""
+        audit.note(model=request.model or self._shelf.default_name, num_items=num_items)
+        model = self._shelf.find(request.model, request.revision)
+        audit.note(revision=model.model.facts.revision)
+        return model
 
     async def _answer(
         self, model: ShelvedModel, begin: Callable[[], Work[ScoreJob, RawScore, A]]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from kleash.base import metrics
 from kleash.common.v1 import common_pb2
+from kleash.reward.config import RewardModelConfig
+from kleash.reward.ensemble import Ensemble
 from kleash.reward.model import RawScore, RewardModel, ScoreJob
 from kleash.reward.requests import RewardRequests
 from kleash.rpc.batcher import Batcher
@@ -69,10 +71,16 @@ class ModelShelf:
         *,
         default_name: str,
         keep_previous_s: float,
+        ensembles: Mapping[str, RewardModelConfig] | None = None,
     ) -> None:
+        """Args:
+        ensembles: those among the models, members before ensembles of ensembles; they are made
+            anew when a member is switched.
+        """
         self.default_name = default_name
         self._limits = limits
         self._keep_previous_s = keep_previous_s
+        self._ensembles = dict(ensembles or {})
         self._thread = ModelThread(SERVICE)
         self._slots = {name: _Slot(self._shelve(model)) for name, model in models.items()}
         self._closing: set[asyncio.Task[None]] = set()
@@ -148,33 +156,22 @@ class ModelShelf:
     async def switch(self, name: str, model: RewardModel) -> common_pb2.ServedModel:
         """Serve ``model``, loaded and warm, as ``name`` from now on; returns what it follows.
 
-        Calls that are under way end on the model that they began with. Raises Unavailable when the
-        service stops.
+        Ensembles of it are switched at the same time. Calls that are under way end on the model
+        that they began with. Raises Unavailable when the service stops.
         """
-        slot = self.slot(name)
+        old = self.slot(name).newest
         if self._is_stopped:
             raise Unavailable("the reward service is stopping; try another.", reason="DRAINING")
-        shelved = self._shelve(model)
-        await shelved.batcher.start()
-        old, older = slot.newest, slot.previous
-        slot.newest, slot.previous = shelved, old
-        slot.forget_expiry()
-        slot.expiry = asyncio.get_running_loop().call_later(
-            self._keep_previous_s, self._drop_previous, slot
-        )
-        if older is not None:
-            self._close_soon(older)
+        changed = self._with_ensembles(name or self.default_name, model)
+        for shelved in changed.values():
+            await shelved.batcher.start()
+        for each, shelved in changed.items():
+            self._put(each, shelved)
         self._show_infos()
-        logger.info(
-            "model '%s' is now %s and was %s",
-            name or self.default_name,
-            model.facts.revision,
-            old.model.facts.revision,
-        )
         return old.requests.served
 
     def unload(self, name: str, revision: str) -> None:
-        """Stop to hold a revision that is not the newest. Raises NotFound."""
+        """Stop to hold a revision that is not the newest, and ensembles of it. Raises NotFound."""
         slot = self.slot(name)
         if slot.previous is None or slot.previous.model.facts.revision != revision:
             raise NotFound(
@@ -183,18 +180,58 @@ class ModelShelf:
                 reason="REVISION_NOT_SERVED",
                 field="revision",
             )
-        self._drop_previous(slot)
+        self._drop_previous(name or self.default_name)
+        self._show_infos()
+
+    def _with_ensembles(self, name: str, model: RewardModel) -> dict[str, ShelvedModel]:
+        """What takes the places of a model and of the ensembles that it is in, by name."""
+        models = {each: slot.newest.model for each, slot in self._slots.items()}
+        models[name] = model
+        changed = {name: self._shelve(model)}
+        for each, config in self._ensembles.items():
+            if not changed.keys().isdisjoint(config.ensemble):
+                models[each] = Ensemble.of(each, config, models)
+                changed[each] = self._shelve(models[each])
+        return changed
+
+    def _put(self, name: str, shelved: ShelvedModel) -> None:
+        slot = self._slots[name]
+        older, old = slot.previous, slot.newest
+        slot.newest, slot.previous = shelved, old
+        slot.forget_expiry()
+        slot.expiry = asyncio.get_running_loop().call_later(
+            self._keep_previous_s, self._expire, name
+        )
+        if older is not None:
+            self._close_soon(older)
+        logger.info(
+            "model '%s' is now %s and was %s",
+            name,
+            shelved.model.facts.revision,
+            old.model.facts.revision,
+        )
+
+    def _ensembles_of(self, name: str) -> list[str]:
+        return [each for each, config in self._ensembles.items() if name in config.ensemble]
 
     @property
     def _held(self) -> list[ShelvedModel]:
         return [shelved for slot in self._slots.values() for shelved in slot.held]
 
-    def _drop_previous(self, slot: _Slot) -> None:
+    def _expire(self, name: str) -> None:
+        self._drop_previous(name)
+        self._show_infos()
+
+    def _drop_previous(self, name: str) -> None:
+        """Also of the ensembles of it, which would ask a model that is closed."""
+        slot = self._slots[name]
         shelved, slot.previous = slot.previous, None
         slot.forget_expiry()
-        if shelved is not None:
-            self._close_soon(shelved)
-        self._show_infos()
+        if shelved is None:
+            return
+        for ensemble in self._ensembles_of(name):
+            self._drop_previous(ensemble)
+        self._close_soon(shelved)
 
     def _close_soon(self, shelved: ShelvedModel) -> None:
         task = asyncio.ensure_future(self._close(shelved))
