@@ -26,10 +26,12 @@ class Kubelet:
 
     def __init__(self, api_server: ApiServer, folder: Path) -> None:
         self._api_server = api_server
-        self._logs: dict[tuple[str, str, str], list[str]] = {}
+        self._logs: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+        """Nanoseconds since 1970 and the line."""
         self._closed: set[tuple[str, str, str]] = set()
         self._changed = threading.Condition()
         self._is_stopping = False
+        self._num_cuts = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -60,7 +62,16 @@ class Kubelet:
     def log(self, namespace: str, pod: str, container: str, *lines: str) -> None:
         """Add lines to a container's log."""
         with self._changed:
-            self._logs.setdefault((namespace, pod, container), []).extend(lines)
+            log = self._logs.setdefault((namespace, pod, container), [])
+            for line in lines:
+                newest = log[-1][0] if log else 0
+                log.append((max(time.time_ns(), newest + 1), line))
+            self._changed.notify_all()
+
+    def cut(self) -> None:
+        """Break off every log that is being read, as a restart of the API server does."""
+        with self._changed:
+            self._num_cuts += 1
             self._changed.notify_all()
 
     def end_log(self, namespace: str, pod: str, container: str) -> None:
@@ -88,7 +99,9 @@ class Kubelet:
                     self,
                     (key[0], key[1], key[2]),
                     tail=int(query["tailLines"][0]) if "tailLines" in query else None,
+                    since_s=float(query["sinceSeconds"][0]) if "sinceSeconds" in query else None,
                     follow=query.get("follow") == ["true"],
+                    has_times=query.get("timestamps") == ["true"],
                 )
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
@@ -102,27 +115,42 @@ class Kubelet:
         key: tuple[str, str, str],
         *,
         tail: int | None,
+        since_s: float | None,
         follow: bool,
+        has_times: bool,
     ) -> None:
         with self._changed:
             lines = list(self._logs.get(key, ()))
+            num_cuts = self._num_cuts
         position = max(len(lines) - tail, 0) if tail is not None else 0
+        if since_s is not None:
+            first = time.time_ns() - since_s * 1e9
+            position = sum(written < first for written, _ in lines)
         end = time.monotonic() + 60
         while True:
             try:
-                for line in lines[position:]:
-                    handler.wfile.write(f"{line}\n".encode())
+                for written, line in lines[position:]:
+                    time_text = f"{_rfc3339(written)} " if has_times else ""
+                    handler.wfile.write(f"{time_text}{line}\n".encode())
                 handler.wfile.flush()
             except OSError:  # the client has left
                 return
             position = len(lines)
             with self._changed:
                 is_over = key in self._closed or self._is_stopping or time.monotonic() > end
+                if num_cuts != self._num_cuts:
+                    return
                 if not follow or (is_over and position == len(self._logs.get(key, ()))):
                     return
                 if position == len(self._logs.get(key, ())):
                     self._changed.wait(0.5)
                 lines = list(self._logs.get(key, ()))
+
+
+def _rfc3339(written: int) -> str:
+    """Nanoseconds since 1970 as a kubelet writes them."""
+    seconds, nanoseconds = divmod(written, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09d}Z"
 
 
 def _certificate(path: Path) -> Path:

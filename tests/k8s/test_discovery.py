@@ -56,8 +56,15 @@ class Slices:
         self.namespace = server.create_namespace()
         self.path = f"/apis/discovery.k8s.io/v1/namespaces/{self.namespace}/endpointslices"
 
-    def create(self, name: str, *endpoints: dict[str, Any], service: str = SERVICE) -> None:
-        self.server.request("POST", self.path, self._slice(name, endpoints, service))
+    def create(
+        self,
+        name: str,
+        *endpoints: dict[str, Any],
+        service: str = SERVICE,
+        address_type: str = "IPv4",
+    ) -> None:
+        new = {**self._slice(name, endpoints, service), "addressType": address_type}
+        self.server.request("POST", self.path, new)
 
     def replace(self, name: str, *endpoints: dict[str, Any]) -> None:
         self.server.request("PUT", f"{self.path}/{name}", self._slice(name, endpoints, SERVICE))
@@ -74,8 +81,10 @@ class Slices:
         }
 
 
-def endpoint(address: str, **conditions: bool) -> dict[str, Any]:
-    return {"addresses": [address], "conditions": conditions}
+def endpoint(address: str, *, pod: str = "", **conditions: bool) -> dict[str, Any]:
+    """``pod``: the uid of the pod behind it."""
+    target = {"targetRef": {"kind": "Pod", "name": f"policy-{pod}", "uid": pod}} if pod else {}
+    return {"addresses": [address], "conditions": conditions, **target}
 
 
 @pytest.fixture
@@ -111,6 +120,23 @@ def test_slices_of_other_services_are_not_mixed_in(slices: Slices, seen: Seen) -
     slices.create("other", endpoint("10.0.0.9"), service="kleash-reward-headless")
     slices.create("a", endpoint("10.0.0.1"))
     seen.wait_for("10.0.0.1:50051")
+
+
+def test_a_pod_with_two_addresses_is_one_replica(slices: Slices, seen: Seen) -> None:
+    """Of a Service with both IP versions, at the IPv4 address."""
+    slices.create("a", endpoint("10.0.0.1", pod="1"), endpoint("10.0.0.2", pod="2"))
+    seen.wait_for("10.0.0.1:50051", "10.0.0.2:50051")
+    six = (endpoint("fd00::1", pod="1"), endpoint("fd00::2", pod="2"), endpoint("fd00::3", pod="3"))
+    slices.create("b", *six, address_type="IPv6")
+    seen.wait_for("10.0.0.1:50051", "10.0.0.2:50051", "[fd00::3]:50051")
+    # What is known by one address stays there: its clients need not be opened again.
+    slices.create("c", endpoint("10.0.0.3", pod="3"), endpoint("10.0.0.4", pod="4"))
+    seen.wait_for("10.0.0.1:50051", "10.0.0.2:50051", "10.0.0.4:50051", "[fd00::3]:50051")
+    # The slices change one after the other: leaving in one of them is leaving.
+    slices.replace(
+        "a", endpoint("10.0.0.1", pod="1"), endpoint("10.0.0.2", pod="2", terminating=True)
+    )
+    seen.wait_for("10.0.0.1:50051", "10.0.0.4:50051", "[fd00::3]:50051")
 
 
 def test_an_ended_watch_goes_on(slices: Slices, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,20 @@ def test_a_living_trainer_of_another_run_is_not_disturbed(api: Any, namespace: s
     first.release()
 
 
+def test_who_waits_in_vain_is_told_for_whom_and_what_to_do(api: Any, namespace: str) -> None:
+    first = lease_of(api, namespace, "run", "trainer-0")
+    first.acquire(WAIT_S, lambda: False)
+    second = lease_of(api, namespace, "run", "trainer-1")
+    with pytest.raises(Unavailable) as refusal:
+        second.acquire(0.5, lambda: False)
+    assert str(refusal.value) == (
+        f"the lease {namespace}/{NAME} could not be had within 0.5 s: it is held by run/trainer-0; "
+        f"kubectl describe lease {NAME} -n {namespace} shows its holder and when it renewed: end "
+        "that trainer, or raise services.wait_s."
+    )
+    first.release()
+
+
 def test_a_trainer_of_the_same_run_waits_for_the_one_before(api: Any, namespace: str) -> None:
     """As after an upgrade, whose new pod starts before the old one has ended."""
     first = lease_of(api, namespace, "run", "trainer-0")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from tests.k8s.api_server import ApiServer
@@ -24,7 +23,7 @@ from tests.k8s.pipeline_cluster import (
 
 from kleash.base.config import parse_tree
 from kleash.base.errors import UserError
-from kleash.cluster.connection import ForbiddenError, MissingError, UnreachableError, connect
+from kleash.cluster.connection import ForbiddenError, MissingError, connect
 from kleash.cluster.objects import CONFIG_MAP, JOB, Objects, check_namespace
 from kleash.cluster.open_run import find_or_name
 from kleash.cluster.pipeline import RunCancelledError, StageFailedError, try_objects
@@ -347,23 +346,6 @@ def test_cancel_sees_what_ended_while_nobody_looked(cluster: Cluster) -> None:
     cancel(cluster.objects, "alpha", sleep=lambda _: cluster.controllers.step())
     assert cluster.record().of("sft").state is StageState.COMPLETE
     assert cluster.caller().run().state is RunState.COMPLETE
-    assert cluster.controllers.created == list(JOB_STAGES)
-
-
-def test_a_short_outage_of_the_cluster_is_waited_out(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find, count = Objects.find, iter(range(1000))
-
-    def find_at_times(self: Objects, *arguments: Any) -> list[dict[str, Any]]:
-        if next(count) % 5 in (2, 3):
-            raise UnreachableError("the cluster does not answer (cut); check it.")
-        return find(self, *arguments)
-
-    driver = cluster.begin()
-    monkeypatch.setattr(Objects, "find", find_at_times)
-    assert driver.run().state is RunState.COMPLETE
-    assert any(note.endswith("The run goes on; looking again.") for note in cluster.notebook.notes)
     assert cluster.controllers.created == list(JOB_STAGES)
 
 

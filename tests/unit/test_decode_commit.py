@@ -397,4 +397,4 @@ def test_a_rollback_ends_requests_that_want_newer_weights(model: Any) -> None:
     assert {key: its.versions for key, its in world.finished.items()} == {
         "p1": [(0, 3, 1), (3, LENGTH, 0)]
     }
-    assert world.loop._queued_tokens == 0
+    assert world.loop._budget.num_tokens == 0

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kleash.base.errors import ConfigError
 from kleash.demo.annotators import (
     Annotator,
     calibrate_tau,
@@ -18,7 +19,7 @@ from kleash.demo.annotators import (
     gold_differences,
     label,
 )
-from kleash.demo.data import read_lines, write_world
+from kleash.demo.data import read_lines, write_comparisons, write_world
 from kleash.demo.demonstrators import Behaviour, ideal, respond
 from kleash.demo.judge import judge, score, score_task
 from kleash.demo.settings import QUICK
@@ -161,8 +162,22 @@ def test_two_annotators_disagree_on_the_stated_share(tasks: list[Task], tmp_path
 
 
 def test_no_noise_reaches_a_disagreement_below_that_of_ties() -> None:
-    with pytest.raises(ValueError, match="tied"):
+    with pytest.raises(ConfigError, match=r"0.375 to 0.5 of these 4 pairs, not on 0.25.*tied; set"):
         calibrate_tau(np.array([0.0, 0.0, 0.0, 1.0]), 0.25)
+
+
+def test_too_little_to_compare_is_a_sentence(tasks: list[Task], tmp_path: Path) -> None:
+    """A demo of a few prompts: no comparison at all, or none that could be held out."""
+    candidates = tmp_path / "candidates.jsonl"
+    candidates.write_text("")
+    with pytest.raises(ConfigError, match="there is nothing to compare; raise"):
+        write_comparisons(QUICK, candidates, tmp_path, seed=0)
+    candidates = _candidates(tasks[:40], candidates)
+    few = QUICK.model_copy(
+        update={"world": QUICK.world.model_copy(update={"held_out_comparison_prompts": 0})}
+    )
+    with pytest.raises(ConfigError, match=r"of 40 prompts .* 0 are held out, and both parts need"):
+        write_comparisons(few, candidates, tmp_path, seed=0)
 
 
 @pytest.mark.parametrize(

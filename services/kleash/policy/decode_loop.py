@@ -29,14 +29,13 @@ import numpy as np
 from kleash.base import metrics
 from kleash.lm.decode import Decoded, Decoder, DecodeRequest
 from kleash.lm.generate import refill_count
+from kleash.policy.budget import TokenBudget
 from kleash.policy.commits import Commit, CommitQueue, Committed, InFlight
 from kleash.policy.generation import Deliver, Generation
 from kleash.policy.requests import weights_too_old
 from kleash.rpc.errors import InternalError, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
-
-MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
 
 X = TypeVar("X")
 
@@ -52,22 +51,20 @@ class DecodeLoop:
     ) -> None:
         """``make_decoder`` is called once now, and again after a step has failed."""
         self._make_decoder = make_decoder
-        self._max_queued_tokens = max_queued_tokens
+        self._budget = TokenBudget(max_queued_tokens)
         self.decoder = make_decoder()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[DecodeRequest] = deque()
         self._generation_of: dict[DecodeRequest, Generation] = {}
         self._generations: set[Generation] = set()
         self._commits = CommitQueue()
-        self._lock = threading.Lock()  # guards the next three, and what enters the inbox
-        self._queued_tokens = 0
+        self._lock = threading.Lock()  # guards the next two, and what enters the inbox
         self._make_refusal: Callable[[], Exception] | None = None
         self._is_accepting = True
         self._is_stopping = False
         self._has_failed = False
         self._is_idle = True
         self._last_progress = time.monotonic()
-        self._tokens_per_s = 0.0
         self._thread = threading.Thread(target=self._serve, name="kleash-policy-model", daemon=True)
         labels = ("policy", model_name)
         self._queue_requests = metrics.QUEUE_REQUESTS.labels(*labels)
@@ -115,15 +112,11 @@ class DecodeLoop:
             self._check_running()
             if self._make_refusal is not None:
                 raise self._make_refusal()
-            if self._queued_tokens + total > self._max_queued_tokens:
+            try:
+                self._budget.take(total)
+            except Overloaded:
                 metrics.REQUESTS_REJECTED.labels("policy", "queue_full").inc()
-                raise Overloaded(
-                    f"the queue holds {self._queued_tokens} of at most {self._max_queued_tokens} "
-                    f"tokens and the request may need {total}; try again later.",
-                    reason="QUEUE_FULL",
-                    retry_after_s=self._retry_after_s(),
-                )
-            self._queued_tokens += total
+                raise
             generation = Generation(requests, deliver)
             self._inbox.put(lambda: self._enqueue(generation))
         return generation
@@ -269,8 +262,7 @@ class DecodeLoop:
         metrics.BATCHER_HEARTBEAT_TIMESTAMP.labels("policy").set_to_current_time()
         metrics.BATCH_ITEMS.labels("policy").observe(count)
         self._step_seconds.observe(now - begin)
-        rate = count / max(now - begin, 1e-9)
-        self._tokens_per_s = 0.95 * self._tokens_per_s + 0.05 * rate if self._tokens_per_s else rate
+        self._budget.saw_step(count, now - begin)
         self._hand_out(finished)
 
     def _admit(self) -> None:
@@ -300,8 +292,7 @@ class DecodeLoop:
 
     def _add(self, requests: list[DecodeRequest]) -> None:
         now = time.monotonic()
-        with self._lock:
-            self._queued_tokens -= sum(map(self._cost, requests))
+        self._budget.give_back(sum(map(self._cost, requests)))
         for generation in {self._generation_of[request] for request in requests}:
             if not generation.is_running:
                 generation.is_running = True
@@ -358,8 +349,7 @@ class DecodeLoop:
         dropped = [request for request in self._waiting if request in generation.open]
         if dropped:
             self._waiting = deque(its for its in self._waiting if its not in generation.open)
-            with self._lock:
-                self._queued_tokens -= sum(map(self._cost, dropped))
+            self._budget.give_back(sum(map(self._cost, dropped)))
         for request in generation.open:
             self.decoder.remove(request)
             del self._generation_of[request]
@@ -383,17 +373,11 @@ class DecodeLoop:
         """Tokens that a response may need."""
         return min(len(request.prompt) + request.max_new_tokens, self.decoder.max_length)
 
-    def _retry_after_s(self) -> float:
-        """Time to decode half of the queue, at the speed seen so far."""
-        if not self._tokens_per_s:
-            return 1.0
-        return min(max(self._queued_tokens / 2 / self._tokens_per_s, MIN_RETRY_S), MAX_RETRY_S)
-
     def _show_queue(self) -> None:
         running = sum(generation.is_running for generation in self._generations)
         self._running_requests.set(running)
         self._queue_requests.set(len(self._generations) - running)
-        self._queue_tokens.set(self._queued_tokens)
+        self._queue_tokens.set(self._budget.num_tokens)
 
 
 def _died() -> Unavailable:

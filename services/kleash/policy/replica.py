@@ -28,8 +28,9 @@ from kleash.base import metrics
 from kleash.policy.commits import Committed, InFlight
 from kleash.policy.decode_loop import DecodeLoop
 from kleash.policy.live import LiveWeights, UndoFailedError
-from kleash.policy.precedence import busy, check_fence, check_newer, precedence, superseded
+from kleash.policy.precedence import busy, precedence, superseded
 from kleash.policy.requests import quarantined
+from kleash.policy.served import Served
 from kleash.policy.staging import OnProgress, Staged, stage
 from kleash.rpc.errors import (
     InternalError,
@@ -91,13 +92,7 @@ class WeightsReplica:
         self._live = LiveWeights(model)
         self.spool = spool
         self._lock = threading.Lock()
-        self._key: weights_pb2.VersionKey | None = None
-        self._digest = self._live.digest
-        self._fence = 0
-        self._required = (0, 0)
-        self._awaits_publisher = awaits_publisher
-        self._is_committing = False
-        self._is_quarantined = False
+        self._served = Served(self._live.digest, awaits_publisher)
         self._preparation: _Preparation | None = None
         self._staged: Staged | None = None
         self._before: _Before | None = None
@@ -107,23 +102,12 @@ class WeightsReplica:
     def get_weights(self) -> weights_pb2.GetWeightsResponse:
         """What is served now."""
         with self._lock:
-            key = self._key
-            fence, required = self._required
-            return weights_pb2.GetWeightsResponse(
-                run_id=key.run_id if key else "",
-                fence=self._fence,
-                version=key.version if key else 0,
-                digest=self._digest,
-                schema_digest=self._live.schema_digest,
-                state=self._state(),
-                required_version=required if fence >= (key.fence if key else 0) else 0,
-                served=key,
-            )
+            return self._served.describe(self._live.schema_digest, self._state())
 
     def audit(self) -> None:
         """Compute the digest of all weights again. Raises InternalError when it is another."""
         # Both in the decoding thread, where no commit can come between them.
-        found, served = self._loop.run(lambda: (self._live.audit(), self._digest)).result()
+        found, served = self._loop.run(lambda: (self._live.audit(), self._served.digest)).result()
         if found != served:
             raise InternalError(
                 f"the weights in memory have digest {found}, and {served} is served; "
@@ -134,24 +118,18 @@ class WeightsReplica:
     def is_ready(self) -> bool:
         """Whether the weights are those that the publisher requires, or newer ones."""
         with self._lock:
-            served = precedence(self._key) if self._key else (0, 0)
-            is_known = not self._awaits_publisher
-            return is_known and not self._is_quarantined and served >= self._required
+            return self._served.is_ready()
 
     def serves(self, key: weights_pb2.VersionKey) -> bool:
         """Whether exactly this version is served."""
         with self._lock:
-            return self._serves(key)
+            return self._served.serves(key)
 
     def require(self, key: weights_pb2.VersionKey | None) -> None:
         """A publisher names the version that a replica must serve; None before its first one."""
         with self._lock:
-            if key is None:
-                return
-            self._awaits_publisher = False
-            if key.fence >= self._fence:
-                self._fence = key.fence
-                self._require(key.fence, key.version)
+            if key is not None:
+                self._served.hear_publisher(key)
 
     # ----------------------------------------------------------------------------------- prepare
 
@@ -170,13 +148,12 @@ class WeightsReplica:
         """
         key = request.key
         with self._lock:
-            self._take_fence(key)
+            self._served.take_fence(key)
             if request.required_version:
-                self._require(key.fence, request.required_version)
-            if self._serves(key):
+                self._served.require(key.fence, request.required_version)
+            if self._served.serves(key):
                 return weights_pb2.PrepareResponse(state=SERVING)
-            if self._key is not None and not self._is_quarantined:
-                check_newer(key, self._key)
+            self._served.check_newer(key)
             if self._staged is not None and self._staged.key == key:
                 return _is_staged(self._staged)
             running = self._preparation
@@ -202,7 +179,7 @@ class WeightsReplica:
                 self.spool,
                 request,
                 sources,
-                have="" if self._is_quarantined else self._digest,
+                have="" if self._served.is_quarantined else self._served.digest,
                 keep=self._before.staged.object_ids if self._before else set(),
                 on_progress=on_progress,
                 is_cancelled=preparation.is_cancelled.is_set,
@@ -232,8 +209,8 @@ class WeightsReplica:
         DeadlineExceeded when a drain took too long. Raises PreconditionFailed (NOT_STAGED).
         """
         with self._lock:
-            self._take_fence(key)
-            if self._serves(key):
+            self._served.take_fence(key)
+            if self._served.serves(key):
                 return None
             staged = self._staged
             if staged is None or staged.key != key:
@@ -253,7 +230,7 @@ class WeightsReplica:
         """What a caller is told of a commit; ``committed`` is None when nothing was applied."""
         return weights_pb2.CommitResponse(
             version=key.version,
-            digest=self._digest,
+            digest=self._served.digest,
             already_committed=committed is None,
             pause_ns=committed.pause_ns if committed else 0,
             fetched_bytes=committed.result if committed else 0,
@@ -264,7 +241,7 @@ class WeightsReplica:
         with self._lock:
             if self._staged is not staged:
                 raise superseded(staged.key)
-            self._is_committing = True
+            self._served.is_committing = True
         try:
             self._live.apply(staged.steps, staged.saved, staged.key.digest)
         except UndoFailedError as error:
@@ -274,14 +251,14 @@ class WeightsReplica:
             metrics.WEIGHTS_UPDATE_FAILURES.inc()
             raise
         finally:
-            self._is_committing = False
+            self._served.is_committing = False
         is_anchor = bool(staged.steps) and not staged.steps[0].manifest.base_digest
         with self._lock:
-            old, self._before = self._before, _Before(self._key, self._digest, staged)
-            old_digest = self._digest
-            self._key, self._digest, self._staged = staged.key, staged.key.digest, None
-            was_quarantined = self._is_quarantined
-            self._is_quarantined = was_quarantined and not is_anchor
+            old, self._before = self._before, _Before(self._served.key, self._served.digest, staged)
+            old_digest = self._served.replace(staged.key, staged.key.digest)
+            self._staged = None
+            was_quarantined = self._served.is_quarantined
+            self._served.is_quarantined = was_quarantined and not is_anchor
         self._show(old_digest)
         if was_quarantined and is_anchor:
             self._loop.refuse(None)
@@ -296,7 +273,7 @@ class WeightsReplica:
     def abort(self, key: weights_pb2.VersionKey) -> weights_pb2.AbortResponse:
         """Forget a version that is on its way in or staged; one that is served stays."""
         with self._lock:
-            self._take_fence(key)
+            self._served.take_fence(key)
             if self._preparation is not None and self._preparation.key == key:
                 self._preparation.is_cancelled.set()
             staged = self._staged if self._staged and self._staged.key == key else None
@@ -310,7 +287,7 @@ class WeightsReplica:
         Raises PreconditionFailed: NOT_SERVED, or NO_VERSION_BEFORE.
         """
         with self._lock:
-            self._take_fence(key)
+            self._served.take_fence(key)
             staged = self._staged
             is_under_way = staged is not None and staged.key == key and staged.commit is not None
             if not is_under_way:  # else it is asked again behind the commit
@@ -318,10 +295,10 @@ class WeightsReplica:
         return self._loop.commit(partial(self._take_back, key), "keep")
 
     def _check_rollback(self, key: weights_pb2.VersionKey) -> _Before:
-        if not self._serves(key):
+        if not self._served.serves(key):
             raise PreconditionFailed(
                 f"{describe_key(key)} is not the served one, which is "
-                f"{self._key.version if self._key else 0}; there is nothing to take back.",
+                f"{self._served.version}; there is nothing to take back.",
                 reason="NOT_SERVED",
             )
         if self._before is None:
@@ -340,8 +317,8 @@ class WeightsReplica:
         except UndoFailedError as error:
             self._quarantine(error)
         with self._lock:
-            old_digest = self._digest
-            self._key, self._digest, self._before = before.key, before.digest, None
+            old_digest = self._served.replace(before.key, before.digest)
+            self._before = None
             # What was prepared is a change of the weights that were taken back.
             if self._preparation is not None:
                 self._preparation.is_cancelled.set()
@@ -356,24 +333,13 @@ class WeightsReplica:
     # ------------------------------------------------------------------------------------- helpers
 
     def _state(self) -> weights_pb2.ReplicaState:
-        if self._is_quarantined:
+        if self._served.is_quarantined:
             return QUARANTINED
-        if self._is_committing:
+        if self._served.is_committing:
             return COMMITTING
         if self._staged is not None:
             return STAGED
         return SERVING if self._preparation is None else PREPARING
-
-    def _require(self, fence: int, version: int) -> None:
-        self._required = (fence, version)
-        metrics.POLICY_REQUIRED_VERSION.set(version)
-
-    def _serves(self, key: weights_pb2.VersionKey) -> bool:
-        return self._key == key and not self._is_quarantined
-
-    def _take_fence(self, key: weights_pb2.VersionKey) -> None:
-        check_fence(key, self._fence)
-        self._fence = key.fence
 
     def _give_way(self, key: weights_pb2.VersionKey) -> None:
         """Whatever else is on its way makes room for ``key``, or ``key`` is told to wait."""
@@ -400,7 +366,7 @@ class WeightsReplica:
     def _quarantine(self, error: UndoFailedError) -> None:
         with self._lock:
             kept = [self._staged, self._before.staged if self._before else None]
-            self._is_quarantined, self._before, self._staged = True, None, None
+            self._served.is_quarantined, self._before, self._staged = True, None, None
         for staged in kept:
             if staged is not None:
                 staged.close_saved()
@@ -414,9 +380,9 @@ class WeightsReplica:
         ) from error
 
     def _show(self, old_digest: str) -> None:
-        version = self._key.version if self._key else 0
+        version = self._served.version
         self._loop.decoder.weights_version = version
-        self._on_served(old_digest, self._digest)
+        self._on_served(old_digest, self._served.digest)
         metrics.POLICY_WEIGHTS_VERSION.set(version)
 
 

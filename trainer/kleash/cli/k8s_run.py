@@ -87,6 +87,7 @@ def _drive(objects: Objects, config: PipelineConfig, path: Path | None, *, is_ne
     from kleash.cluster import pipeline
     from kleash.cluster.open_run import find_or_name, open_record, render_run
     from kleash.cluster.progress import RunDisplay
+    from kleash.cluster.run_record import RunState
 
     run_id = find_or_name(objects, config, is_new=is_new)
     manifests, values = render_run(
@@ -116,13 +117,16 @@ def _drive(objects: Objects, config: PipelineConfig, path: Path | None, *, is_ne
             poll_s=pipeline.POLL_S,
         )
         try:
-            driver.run()
+            record = driver.run()
         except KeyboardInterrupt:
             display.note(
                 f"interrupted: the stage goes on in the cluster; kleash k8s status {run_id} shows "
                 f"it, '{again}' takes the run on to its next stage"
             )
             return 130
+    if record.state is RunState.STOPPED:
+        show(f"run {run_id}: {record.message}; '{again}' goes on from its checkpoint")
+        return 0
     show(f"run {run_id}: complete, /runs/{run_id} on claim {_claim(manifests)}")
     return 0
 

@@ -6,7 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from kleash.cluster.connection import SERVICE_ACCOUNT_NAMESPACE, load_configuration
+from kleash.cluster.connection import (
+    SERVICE_ACCOUNT_NAMESPACE,
+    load_configuration,
+    open_client,
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,6 @@ def own_namespace() -> str:
 
 def open_api() -> Any:
     """An ApiClient of this process's account. Raises ConfigError when there is no way to one."""
-    from kubernetes.client import ApiClient
-
     configuration, _ = load_configuration()
     configuration.retries = False
-    return ApiClient(configuration)
+    return open_client(configuration)

@@ -47,6 +47,7 @@ CALL_S = 30.0
 """Most seconds of one call."""
 TRY_AGAIN_S = 1.0
 TELL_EVERY_S = 10.0
+UPGRADE = "serve it with the version of kleash that this check has"
 FINAL = (InvalidRequest, NotFound, PermissionDenied, Unauthenticated)
 """Errors that waiting does not mend."""
 
@@ -150,7 +151,10 @@ def _check_health(name: str, service: str, address: str, call_s: float) -> str:
             raise error from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise Unavailable(f"{service} at {address} is {status}.", reason=status)
+        raise Unavailable(
+            f"{service} at {address} is {status}; the log of its pod says what it waits for.",
+            reason=status,
+        )
     return f"{service} at {address} is {status}"
 
 
@@ -160,7 +164,10 @@ def _check_reward(address: str, call_s: float) -> str:
         told = client.get_model()
         model = told.model
         if not model.name or not model.revision:
-            raise NotAsItShouldBe(f"the service at {address} does not name its model.")
+            raise NotAsItShouldBe(
+                f"the service at {address} names its model '{model.name}' of revision "
+                f"'{model.revision}', and neither may be empty; {UPGRADE}."
+            )
         if told.chat_template_sha256:
             (score,) = client.score_conversations([CONVERSATION])
             what = ""
@@ -187,7 +194,10 @@ def _check_reference(address: str, call_s: float) -> str:
             tokenizer_sha256=told.tokenizer_sha256,
         )
     if not (log_probs <= 0).all():
-        raise NotAsItShouldBe(f"a log-probability of the service at {address} is above 0.")
+        raise NotAsItShouldBe(
+            f"the service at {address} gives a log-probability of {log_probs.max():g}, which is "
+            f"not 0 or below; {UPGRADE}, or serve a model whose weights are finite."
+        )
     return (
         f"{len(log_probs)} log-probs, mean {log_probs.mean():.3f}, by {told.model.name} "
         f"(revision {told.model.revision})"
@@ -208,11 +218,15 @@ def _check_policy(address: str, call_s: float) -> str:
         )
     if not ((response.ids >= 0) & (response.ids < told.vocab_size)).all():
         raise NotAsItShouldBe(
-            f"the service at {address} generated ids outside of its {told.vocab_size} tokens."
+            f"the service at {address} generated id {int(response.ids.max())}, outside of its "
+            f"{told.vocab_size} tokens; {UPGRADE}."
         )
-    if not np.isfinite(response.log_probs).all():
-        raise NotAsItShouldBe(f"a log-probability of the service at {address} is not finite.")
     version = response.version_spans[-1].weights_version
+    if not np.isfinite(response.log_probs).all():
+        raise NotAsItShouldBe(
+            f"the service at {address} generated with log-probabilities that are not finite, at "
+            f"weights version {version}; publish weights that are."
+        )
     return f"{len(response.ids)} tokens with weights version {version} of {told.model.name}"
 
 
@@ -222,7 +236,10 @@ def _check_trainer(address: str, call_s: float) -> str:
         run = client.get_run()
     state = trainer_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_")
     if run.state == trainer_pb2.RUN_STATE_FAILED:
-        raise NotAsItShouldBe(f"the run {run.run_id} failed: {run.error_message}")
+        raise NotAsItShouldBe(
+            f"the run {run.run_id} failed: {run.error_message.rstrip('.')}; correct that and start "
+            "the trainer again, which goes on from its checkpoint."
+        )
     return (
         f"run {run.run_id} is {state} at step {run.step} of {run.total_steps}, "
         f"weights version {run.weights_version}"

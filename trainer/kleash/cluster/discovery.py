@@ -1,5 +1,7 @@
 """Where the policy replicas are now: endpoints of a headless Service, or addresses of a name.
 
+A pod with addresses of both IP versions is one replica, at its IPv4 address.
+
 EndpointSlices, listed and watched ──┐
                                      ├──► a set of "host:port" whenever it may have changed
 DNS, looked up every few seconds ────┘    (and the fall-back where the API cannot be asked)
@@ -25,6 +27,9 @@ WATCH_S = 60
 """A watch ends after this long and all slices are listed again: nothing missed stays missed."""
 RETRY_S = 3.0
 
+NO_ADDRESS = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+"""What a resolver says of a headless Service without endpoints: nobody is there."""
+
 Discover = Callable[[threading.Event], Iterator[frozenset[str]]]
 """Yields the addresses now and at every change, until the event is set. One that cannot be told
 from the last known ones yields nothing."""
@@ -39,7 +44,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def by_dns(address: str) -> Discover:
-    """Every address that the name has."""
+    """The addresses that the name has: of IPv4, or of IPv6 where it has no others."""
     host, port = split_address(address)
 
     def discover(stopping: threading.Event) -> Iterator[frozenset[str]]:
@@ -47,15 +52,26 @@ def by_dns(address: str) -> Discover:
         while not stopping.is_set():
             try:
                 found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                yield frozenset(_join(str(its[4][0]), port) for its in found)
+                # A name does not tell which of its addresses are one pod's.
+                families = {its[0] for its in found}
+                family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+                yield frozenset(_join(str(its[4][0]), port) for its in found if its[0] is family)
                 last = ""
             except OSError as error:
-                # A headless Service without endpoints has no address: nobody is there. A resolver
-                # that is away says nothing about the replicas.
-                if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+                is_empty = isinstance(error, socket.gaierror) and error.errno in NO_ADDRESS
+                # A resolver that is away says nothing about the replicas.
+                if is_empty:
                     yield frozenset()
                 if str(error) != last:
-                    logger.warning("looking up %s: %s", host, error)
+                    level = logging.INFO if is_empty else logging.WARNING
+                    logger.log(
+                        level,
+                        "looking up %s: %s; it is looked up again every %g s. Where that goes on, "
+                        "compare services.policy with kubectl get services",
+                        host,
+                        error,
+                        LOOK_UP_S,
+                    )
                 last = str(error)
             stopping.wait(LOOK_UP_S)
 
@@ -112,6 +128,8 @@ class _Slices:
         self._selector = f"kubernetes.io/service-name={service}"
         self._port = port
         self._known: dict[str, Any] = {}
+        self._chosen: dict[str, str] = {}
+        """The address at which each pod is a replica, by the pod's uid."""
         self._version = ""
 
     def list(self) -> frozenset[str]:
@@ -163,13 +181,25 @@ class _Slices:
             self._known[changed.metadata.name] = changed
 
     def _addresses(self) -> frozenset[str]:
-        return frozenset(
-            _join(address, self._port)
-            for each in self._known.values()
-            for endpoint in each.endpoints or ()
-            if not (endpoint.conditions and endpoint.conditions.terminating)
-            for address in endpoint.addresses or ()
-        )
+        """One for each pod that does not terminate; once chosen it stays while it is listed."""
+        found: dict[str, list[str]] = {}
+        leaving: set[str] = set()
+        for each in sorted(self._known.values(), key=lambda its: its.address_type):  # IPv4, IPv6
+            for endpoint in each.endpoints or ():
+                if not endpoint.addresses:
+                    continue
+                first = endpoint.addresses[0]  # others are equivalent, says the API
+                pod = (endpoint.target_ref and endpoint.target_ref.uid) or first
+                found.setdefault(pod, []).append(first)
+                if endpoint.conditions and endpoint.conditions.terminating:
+                    leaving.add(pod)
+        before = self._chosen
+        self._chosen = {
+            pod: before[pod] if before.get(pod) in addresses else addresses[0]
+            for pod, addresses in found.items()
+            if pod not in leaving
+        }
+        return frozenset(_join(address, self._port) for address in self._chosen.values())
 
 
 def _api_errors() -> tuple[type[Exception], ...]:

@@ -1,7 +1,7 @@
-"""Log records with an ``event`` become Events of Kubernetes: ``kubectl describe`` tells the story.
+"""Events of Kubernetes: ``kubectl describe`` tells the story. How they look, and those of a pod.
 
-Whoever has something to tell logs it with ``extra={"event": "ReasonInCamelCase"}`` and knows
-nothing of clusters.
+Whoever has something to tell in a pod logs it with ``extra={"event": "ReasonInCamelCase"}`` and
+knows nothing of clusters. kleash.cluster.run_events has those of a run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import logging
 import queue
+import secrets
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,42 @@ LONGEST_NOTE = 1024
 QUEUE_LENGTH = 1000
 
 
+def event_of(
+    regarding: dict[str, str],
+    reason: str,
+    note: str,
+    *,
+    is_warning: bool,
+    controller: str,
+    instance: str,
+    when: datetime.datetime,
+    labels: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """A new Event, to be created.
+
+    Args:
+        regarding: apiVersion, kind, name, namespace and uid of what it is about.
+        controller: what reports it, as kleash.dev/trainer, and ``instance`` which one.
+    """
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{regarding['name']}.{secrets.token_hex(8)}",
+            "namespace": regarding["namespace"],
+            "labels": labels or {},
+        },
+        "eventTime": when.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": controller,
+        "reportingInstance": instance,
+        "action": reason,
+        "reason": reason,
+        "type": "Warning" if is_warning else "Normal",
+        "note": note.encode()[:LONGEST_NOTE].decode(errors="ignore"),
+        "regarding": regarding,
+    }
+
+
 class EventHandler(logging.Handler):
     """Posts from a thread of its own: whoever logs never waits for the API."""
 
@@ -31,11 +68,9 @@ class EventHandler(logging.Handler):
         import kubernetes
 
         super().__init__()
-        self._models: Any = kubernetes.client
-        self._api = kubernetes.client.EventsV1Api(api)
+        self._api: Any = kubernetes.client.EventsV1Api(api)
         self._pod = pod
         self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LENGTH)
-        self._number = 0
         self._thread = threading.Thread(target=self._run, name="kleash-events", daemon=True)
         self._thread.start()
 
@@ -63,33 +98,24 @@ class EventHandler(logging.Handler):
                 told = True
 
     def _post(self, record: logging.LogRecord) -> None:
-        models, pod = self._models, self._pod
-        self._number += 1
-        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        note = record.getMessage().encode()[:LONGEST_NOTE].decode(errors="ignore")
-        self._api.create_namespaced_event(
-            pod.namespace,
-            models.EventsV1Event(
-                metadata=models.V1ObjectMeta(
-                    name=f"{pod.name}.{int(record.created * 1e6):x}{self._number:x}"
-                ),
-                event_time=when,
-                type="Warning" if record.levelno >= logging.WARNING else "Normal",
-                reason=vars(record)["event"],
-                action=vars(record)["event"],
-                note=note,
-                regarding=models.V1ObjectReference(
-                    api_version="v1",
-                    kind="Pod",
-                    name=pod.name,
-                    namespace=pod.namespace,
-                    uid=pod.uid or None,
-                ),
-                reporting_controller="kleash.dev/trainer",
-                reporting_instance=pod.name,
-            ),
-            _request_timeout=(3, 5),
+        pod = self._pod
+        regarding = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "name": pod.name,
+            "namespace": pod.namespace,
+            **({"uid": pod.uid} if pod.uid else {}),
+        }
+        event = event_of(
+            regarding,
+            vars(record)["event"],
+            record.getMessage(),
+            is_warning=record.levelno >= logging.WARNING,
+            controller="kleash.dev/trainer",
+            instance=pod.name,
+            when=datetime.datetime.fromtimestamp(record.created, datetime.UTC),
         )
+        self._api.create_namespaced_event(pod.namespace, event, _request_timeout=(3, 5))
 
 
 @contextlib.contextmanager

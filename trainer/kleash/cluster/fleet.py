@@ -1,7 +1,9 @@
 """Policy replicas that come and go while a run lives.
 
     discovery ──► addresses ──► candidates ──answers GetPolicy──► members ──not found──► left
-                                                                     │
+                                    │ does not fit the run           │
+                                    ▼                                │
+                                 refused, and asked again            │
     the trainer sees two mappings, number to client, of the members ─┘
 
 A number is never used again. Clients of a replica that left stay open for a while: a call may be
@@ -19,9 +21,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kleash.base.errors import ConfigError
 from kleash.client.policy import PolicyClient
 from kleash.client.weights import WeightsClient
 from kleash.cluster.discovery import RETRY_S, Discover, by_dns, by_endpoint_slices
+from kleash.policy.v1 import policy_pb2
 from kleash.ppo.config import ServicesConfig
 from kleash.ppo.services import Policy, Services, open_policy, open_scorers, wait_for_scorers
 from kleash.rpc.errors import ServiceError, Unavailable
@@ -36,6 +40,9 @@ PROBE_S = 10.0
 PAUSE_S = 1.0
 """Between two looks at the candidates."""
 PROBE_THREADS = 8
+
+Misfit = Callable[[policy_pb2.GetPolicyResponse], str]
+"""Why a replica that says this of itself cannot work for the run, as a clause; "" when it can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +76,15 @@ class _Live(Mapping[int, X]):
 class ElasticFleet:
     """Follows a discovery in threads; ``close`` ends them."""
 
-    def __init__(self, config: ServicesConfig, discover: Discover) -> None:
+    def __init__(
+        self, config: ServicesConfig, discover: Discover, misfit: Misfit = lambda _: ""
+    ) -> None:
         self._config = config
+        self._misfit = misfit
+        self._refused: dict[str, str] = {}
+        """By address, why a candidate is no member, as a clause. Replaced, never changed."""
+        self._misfits: frozenset[str] = frozenset()
+        """Addresses of those that answered and cannot work for the run."""
         self._discover = discover
         self._stopping = threading.Event()
         self._changed = threading.Condition()
@@ -102,15 +116,34 @@ class ElasticFleet:
             member.close()
 
     def wait_for_one(self, is_abandoned: Callable[[], bool]) -> None:
-        """Until there is a member. Raises Unavailable that says what was seen."""
+        """Until there is a member.
+
+        Raises Unavailable that says what was seen, ConfigError when all that were found cannot
+        work for the run.
+        """
         deadline = time.monotonic() + self._config.wait_s
-        logger.info("waiting for a policy replica at %s", self._config.policy[0])
+        name = self._config.policy[0]
+        logger.info("waiting for a policy replica at %s", name)
         while not self.members:
+            found = self._found
+            refused = {its: why for its, why in self._refused.items() if its in found}
+            if found and found <= self._misfits:
+                raise ConfigError(
+                    f"no policy replica of {name} can work for this run: {_list(refused)}; serve "
+                    "the run's SFT checkpoint there, or correct services.policy."
+                )
             if time.monotonic() > deadline or is_abandoned():
-                seen = ", ".join(sorted(self._found)) or "no address at all"
+                seen = _list({its: refused.get(its, "") for its in found}) or "no address at all"
+                remedy = (
+                    "correct what these answers name: the trainer's credentials "
+                    "(KLEASH_TOKEN_FILE, KLEASH_TLS_CERT), server.auth of the policy, or "
+                    "services.policy"
+                    if refused
+                    else "are its pods running? kubectl get pods shows them"
+                )
                 raise Unavailable(
-                    f"no policy replica of {self._config.policy[0]} answered within "
-                    f"{self._config.wait_s:g} s (found: {seen}); are its pods running?",
+                    f"no policy replica of {name} answered within "
+                    f"{self._config.wait_s:g} s (found: {seen}); {remedy}.",
                     reason="NO_REPLICA",
                 )
             with self._changed:
@@ -147,17 +180,34 @@ class ElasticFleet:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _answers(self, address: str) -> bool:
-        """Whether a policy service is there; it may be loading for minutes."""
+        """Whether a policy service is there that fits the run; it may be loading for minutes."""
+        is_misfit = False
         try:
             with PolicyClient(address, timeout_s=PROBE_S, checks_health=False) as probe:
-                probe.get_policy()
+                why = self._misfit(probe.get_policy())
+                is_misfit = bool(why)
         except Unavailable:
             return False
         except ServiceError as error:
-            logger.warning("the address %s is no policy replica: %s", address, error)
+            why = str(error).rstrip(".")
+        with self._changed:
+            is_news = self._refused.get(address, "") != why
+            others = {its: each for its, each in self._refused.items() if its != address}
+            self._refused = {**others, address: why} if why else others
+            rest = self._misfits - {address}
+            self._misfits = rest | {address} if is_misfit else rest
+            self._changed.notify_all()
+        if why and is_news:
+            logger.warning(
+                "the policy replica at %s is not used: %s; it is asked again every %g s",
+                address,
+                why,
+                PROBE_S,
+                extra={"event": "PolicyReplicaRefused"},
+            )
+        if why:
             self._stopping.wait(PROBE_S)
-            return False
-        return True
+        return not why
 
     def _join(self, address: str) -> None:
         number = self._numbers
@@ -195,17 +245,26 @@ class ElasticFleet:
                 del self._left_at[number]
 
 
+def _list(whys: Mapping[str, str]) -> str:
+    """Addresses with what is known of each."""
+    return ", ".join(f"{its} ({why})" if why else its for its, why in sorted(whys.items()))
+
+
 @contextlib.contextmanager
 def connect_elastic(
-    config: ServicesConfig, is_abandoned: Callable[[], bool] = lambda: False
+    config: ServicesConfig,
+    is_abandoned: Callable[[], bool] = lambda: False,
+    *,
+    misfit: Misfit = lambda _: "",
 ) -> Iterator[Services]:
     """Find the policy replicas and follow them; wait for the first one and for the scorers.
 
-    Raises Unavailable that names the service, its address and how to start it.
+    Replicas of which ``misfit`` says something are not used, whenever they come. Raises Unavailable
+    that names the service, its address and how to start it, and ConfigError.
     """
     (address,) = config.policy
     how = by_dns if config.discovery == "dns" else by_endpoint_slices
-    fleet = ElasticFleet(config, how(address))
+    fleet = ElasticFleet(config, how(address), misfit)
     with contextlib.ExitStack() as stack:
         stack.callback(fleet.close)
         fleet.start()

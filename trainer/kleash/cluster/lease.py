@@ -23,6 +23,7 @@ from typing import Any
 
 from kleash.base.errors import ConfigError
 from kleash.cluster.api import open_api, own_namespace, this_pod
+from kleash.cluster.stages import RUN_LABEL
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.lease import PublishLease
 from kleash.rpc.errors import PermissionDenied, Unavailable
@@ -36,7 +37,6 @@ POLL_S = 1.0
 MARGIN_S = 2.0
 """A holder stops publishing this long before others may take the lease."""
 
-RUN = "kleash.dev/run"
 FENCE = "kleash.dev/fence"
 
 
@@ -74,7 +74,11 @@ class FleetLease:
         """Write run and fence on the lease. Raises Unavailable, PermissionDenied."""
         with self._lock:
             self.check()
-            notes = {**(self._lease.metadata.annotations or {}), RUN: run_id, FENCE: str(fence)}
+            notes = {
+                **(self._lease.metadata.annotations or {}),
+                RUN_LABEL: run_id,
+                FENCE: str(fence),
+            }
             self._lease.metadata.annotations = notes
             self._renew()
             if self._problem:
@@ -141,7 +145,9 @@ class FleetLease:
             if time.monotonic() > deadline or is_abandoned():
                 raise Unavailable(
                     f"the lease {self._namespace}/{self._name} could not be had within "
-                    f"{wait_s:g} s: {told}.",
+                    f"{wait_s:g} s: {told or 'others took it each time'}; kubectl describe lease "
+                    f"{self._name} -n {self._namespace} shows its holder and when it renewed: end "
+                    "that trainer, or raise services.wait_s.",
                     reason="LEASE",
                 )
             time.sleep(POLL_S)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from kleash.cluster.connection import (
     CONNECT_TIMEOUT_S,
+    PATIENCE_S,
     READ_TIMEOUT_S,
     ClusterError,
     Connection,
     MissingError,
+    repeated,
     translated,
 )
 
 FIELD_MANAGER = "kleash"
+
+T = TypeVar("T")
 
 Manifest = dict[str, Any]
 """An object as the API writes it."""
@@ -64,11 +69,33 @@ def is_true(manifest: Manifest, condition: str) -> bool:
 
 
 class Objects:
-    """The objects of one namespace. Every method raises ClusterError or UnreachableError."""
+    """The objects of one namespace. Every method raises ClusterError or UnreachableError.
 
-    def __init__(self, connection: Connection) -> None:
+    A request whose answer is lost, or is 429 or 5xx, is made again for ``patience_s``: each says
+    what is to be, and not what is to change. A log that breaks off is its reader's to go on with.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        patience_s: float = PATIENCE_S,
+        tell: Callable[[str], None] = lambda _: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """``tell`` gets the sentence of a failure after which a request is made again."""
         self.connection = connection
         self.namespace = connection.namespace
+        self._patience_s, self._tell, self._sleep = patience_s, tell, sleep
+
+    def with_patience(
+        self,
+        patience_s: float,
+        tell: Callable[[str], None],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> Objects:
+        """The same objects for one who waits longer for an API server that is away."""
+        return Objects(self.connection, patience_s=patience_s, tell=tell, sleep=sleep)
 
     def server_version(self) -> str:
         """Of Kubernetes, as v1.34.2."""
@@ -117,7 +144,10 @@ class Objects:
         return answer.get("items") or []
 
     def create(self, manifest: Manifest) -> Manifest:
-        """Create an object; status 409 when there is one of that name."""
+        """Create an object; status 409 when there is one of that name.
+
+        That one may be of this very call, when the answer to its first attempt was lost.
+        """
         return self._request("post", kind_of(manifest), None, body=manifest, of=name_of(manifest))
 
     def merge(self, kind: Kind, name: str, changes: Manifest) -> Manifest:
@@ -141,9 +171,14 @@ class Objects:
 
     def log(self, pod: str, container: str, *, tail_lines: int, previous: bool = False) -> str:
         """End of a container's log; ``previous`` is of its run before the last restart."""
-        return b"".join(
-            self.follow_log(pod, container, tail_lines=tail_lines, follow=False, previous=previous)
-        ).decode(errors="replace")
+        pieces = self._repeat(
+            lambda: list(
+                self.follow_log(
+                    pod, container, tail_lines=tail_lines, follow=False, previous=previous
+                )
+            )
+        )
+        return b"".join(pieces).decode(errors="replace")
 
     def follow_log(
         self,
@@ -151,10 +186,16 @@ class Objects:
         container: str,
         *,
         tail_lines: int | None = None,
+        since_s: int | None = None,
         follow: bool = True,
         previous: bool = False,
+        has_times: bool = False,
     ) -> Iterator[bytes]:
-        """A container's log in pieces, to its end or, with ``follow``, to the container's."""
+        """A container's log in pieces, to its end or, with ``follow``, to the container's.
+
+        ``since_s``: only what was written in these last seconds. ``has_times``: each line begins
+        with the time of its writing and a space.
+        """
         from kubernetes.client import CoreV1Api
 
         with translated(f"log of pod {pod}", server=self.connection.server):
@@ -165,6 +206,8 @@ class Objects:
                 follow=follow,
                 previous=previous,
                 tail_lines=tail_lines,
+                since_seconds=since_s,
+                timestamps=has_times,
                 _preload_content=False,
                 _request_timeout=(CONNECT_TIMEOUT_S, 3600.0 if follow else READ_TIMEOUT_S),
             )
@@ -175,22 +218,29 @@ class Objects:
                 response.close()
                 response.release_conn()
 
+    def _repeat(self, call: Callable[[], T]) -> T:
+        return repeated(call, patience_s=self._patience_s, tell=self._tell, sleep=self._sleep)
+
     def _request(
         self, method: str, kind: Kind, name: str | None, of: str = "", **options: Any
     ) -> Manifest:
         dynamic = self.connection.dynamic
         subject = f"{kind.name} {name or of}".strip()
-        with translated(subject, server=self.connection.server):
-            resource = dynamic.resources.get(api_version=kind.api_version, kind=kind.name)
-            namespace = self.namespace if resource.namespaced else None
-            reply = dynamic.request(
-                method,
-                resource.path(name=name, namespace=namespace),
-                serialize=False,
-                _request_timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
-                **options,
-            )
-            return json.loads(reply.data)
+
+        def ask() -> Manifest:
+            with translated(subject, server=self.connection.server):
+                resource = dynamic.resources.get(api_version=kind.api_version, kind=kind.name)
+                namespace = self.namespace if resource.namespaced else None
+                reply = dynamic.request(
+                    method,
+                    resource.path(name=name, namespace=namespace),
+                    serialize=False,
+                    _request_timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                    **options,
+                )
+                return json.loads(reply.data)
+
+        return self._repeat(ask)
 
 
 def check_namespace(objects: Objects) -> None:

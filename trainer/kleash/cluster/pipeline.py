@@ -14,10 +14,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from kleash.cluster.connection import ClusterError, UnreachableError
+from kleash.cluster.connection import ClusterError
 from kleash.cluster.objects import JOB, Manifest, Objects, kind_of, name_of
+from kleash.cluster.progress import describe
 from kleash.cluster.run_events import caller_name, emit
 from kleash.cluster.run_record import (
     RunRecord,
@@ -43,6 +44,7 @@ from kleash.cluster.stages import (
     settings_digest,
     with_annotation,
 )
+from kleash.cluster.suspension import obey_record
 
 POLL_S = 2.0
 SEEN_EVERY_S = 20.0
@@ -52,8 +54,6 @@ OUTAGE_S = 600.0
 DELETE_LIMIT_S = 120.0
 MOVING_AFTER_S = 60.0
 """Without a stuck pod for so long the stage moves again: a crashing container runs now and then."""
-
-T = TypeVar("T")
 
 
 class Display(Protocol):
@@ -95,6 +95,13 @@ class Driver:
     _stuck_since: float = 0.0
     _stuck_seen: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.objects = self.objects.with_patience(
+            OUTAGE_S,
+            lambda sentence: self.display.note(f"{sentence} The run goes on; looking again."),
+            self.sleep,
+        )
+
     # ------------------------------------------------------------------------------------ the run
 
     def run(self) -> RunRecord:
@@ -110,6 +117,8 @@ class Driver:
         for stage in Stage:
             if stage in self.manifests:
                 self._run_stage(stage)
+        if self.record.of(last).state is StageState.STOPPED:
+            return self.record
         self._change(lambda record: replace(record, state=RunState.COMPLETE, stage=str(last)))
         self._emit("RunCompleted", "every stage is complete")
         if not self.keep_services and Stage.PPO in self.manifests:
@@ -122,7 +131,7 @@ class Driver:
             self._set_stage(stage, StageState.COMPLETE)
             return
         if stage.is_job and self._is_done(stage):
-            self.display.show(StageView(stage, StageState.COMPLETE))
+            self.display.show(StageView(stage, self.record.of(stage).state))
             return
         self._wait_while_paused(stage)
         if self._start(stage):
@@ -133,8 +142,11 @@ class Driver:
     def _is_done(self, stage: Stage) -> bool:
         """Whether a Job stage was complete before: by the record, or by its Jobs.
 
-        A finished Job may have been deleted by its time to live; then the record alone knows.
+        A finished Job may have been deleted by its time to live; then the record alone knows. A
+        stage that was stopped goes on when that was told before.
         """
+        if self.record.of(stage).state is StageState.STOPPED:
+            return False
         jobs = self._live_jobs(stage)
         expected = jobs_of(self.manifests[stage])
         by_jobs = bool(expected) and all(
@@ -142,8 +154,10 @@ class Driver:
             for job in expected
         )
         if not self.record.is_complete(stage) and by_jobs:
-            self._set_stage(stage, StageState.COMPLETE)
-            self._emit("StageCompleted", f"stage {stage} is complete")
+            view = view_stage(self.objects, look(self.objects, self.record.run_id), stage)
+            self._end_stage(stage, view)
+            if view.state is StageState.STOPPED:
+                return True
         if self.record.is_complete(stage) and self._has_changed(stage, jobs.values()):
             self.display.note(
                 f"stage {stage} is complete with other settings than those of now; its result is "
@@ -154,9 +168,11 @@ class Driver:
     def _start(self, stage: Stage) -> bool:
         """Apply the objects of a stage; False when its Jobs run already."""
         live = self._live_jobs(stage)
-        failed = [name for name, job in live.items() if job_state(job) is StageState.FAILED]
-        for name in failed:
-            self.display.note(f"stage {stage} failed before; Job {name} is made anew")
+        was_stopped = self.record.of(stage).state is StageState.STOPPED
+        over = (StageState.FAILED, StageState.COMPLETE) if was_stopped else (StageState.FAILED,)
+        for name in [name for name, job in live.items() if job_state(job) in over]:
+            before = "was stopped" if was_stopped else "failed"
+            self.display.note(f"stage {stage} {before} before; Job {name} is made anew")
             self._delete_job(name)
             del live[name]
         if stage.is_job and live:
@@ -174,10 +190,12 @@ class Driver:
         """Until the stage is complete. Raises StageFailedError."""
         self._stuck_since = 0.0
         while True:
-            run = self._observe(lambda: look(self.objects, self.record.run_id))
-            view = self._observe(lambda run=run: view_stage(self.objects, run, stage))
+            run = look(self.objects, self.record.run_id)
+            view = view_stage(self.objects, run, stage)
             self._refresh()
-            if self._suspend_if_paused(stage, run):
+            # A Job may have been applied in the moment in which somebody paused the run.
+            is_paused = self.record.state is RunState.PAUSED and stage.is_job
+            if is_paused and obey_record(self.objects, self.record.run_id):
                 continue
             if view.state is StageState.WAITING and not run.owners(stage):
                 raise self._failure(
@@ -185,9 +203,8 @@ class Driver:
                     f"its {'Job' if stage.is_job else 'services'} has been deleted by somebody",
                 )
             self.display.show(view)
-            if view.state is StageState.COMPLETE:
-                self._set_stage(stage, StageState.COMPLETE)
-                self._emit("StageCompleted", f"stage {stage} is complete")
+            if view.state in (StageState.COMPLETE, StageState.STOPPED):
+                self._end_stage(stage, view)
                 return
             if view.state is StageState.FAILED:
                 self._fail(stage, run)
@@ -203,22 +220,9 @@ class Driver:
             self.sleep(self.poll_s)
             self._refresh()
 
-    def _suspend_if_paused(self, stage: Stage, run: RunView) -> bool:
-        """Suspend a Job that was applied in the moment in which somebody paused the run."""
-        if self.record.state is not RunState.PAUSED or not stage.is_job:
-            return False
-        running = [
-            job
-            for job in run.owners(stage)
-            if job_state(job) is StageState.RUNNING and not job["spec"].get("suspend")
-        ]
-        for job in running:
-            self.objects.merge(JOB, name_of(job), {"spec": {"suspend": True}})
-        return bool(running)
-
     def _refresh(self) -> None:
         """Read the record, and write that this caller lives. Raises RunCancelledError."""
-        found = self._observe(lambda: find_run(self.objects, self.record.run_id))
+        found = find_run(self.objects, self.record.run_id)
         if found is None or found.state is RunState.CANCELLED:
             raise RunCancelledError(
                 f"run {self.record.run_id} was cancelled; the same command with "
@@ -277,10 +281,24 @@ class Driver:
 
     def _change(self, change: Callable[[RunRecord], RunRecord]) -> None:
         """Change the record of the run, as it is now, in the cluster."""
-        self.record = self._observe(lambda: change_record(self.objects, self.record.run_id, change))
+        self.record = change_record(self.objects, self.record.run_id, change)
 
     def _set_stage(self, stage: Stage, state: StageState) -> None:
         self._change(lambda record: record.with_stage(stage, state))
+
+    def _end_stage(self, stage: Stage, view: StageView) -> None:
+        """The stage is complete, or somebody told the trainer to stop: the run ends there."""
+        if view.state is not StageState.STOPPED:
+            self._set_stage(stage, StageState.COMPLETE)
+            self._emit("StageCompleted", f"stage {stage} is complete")
+            return
+        where = describe(view)
+        self._change(
+            lambda record: replace(
+                record.with_stage(stage, StageState.STOPPED), state=RunState.STOPPED, message=where
+            )
+        )
+        self._emit("RunStopped", f"stage {stage} was {where}")
 
     def _emit(self, reason: str, note: str, *, is_warning: bool = False) -> None:
         emit(self.objects, self.record, reason, note, is_warning=is_warning)
@@ -314,20 +332,6 @@ class Driver:
             self._stuck_since = 0.0
         if stuck and now - self._stuck_since >= self.patience_s:
             raise self._failure(stage, f"{stuck[0].text} (for {self.patience_s:.0f} s now)")
-
-    def _observe(self, read: Callable[[], T]) -> T:
-        """Call ``read``, again and again while the API server is away, for up to OUTAGE_S."""
-        end, told = time.monotonic() + OUTAGE_S, False
-        while True:
-            try:
-                return read()
-            except UnreachableError as error:
-                if time.monotonic() > end:
-                    raise
-                if not told:
-                    self.display.note(f"{error} The run goes on; looking again.")
-                    told = True
-            self.sleep(self.poll_s)
 
 
 def try_objects(

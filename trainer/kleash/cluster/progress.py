@@ -21,6 +21,7 @@ _COLOURS = {
     StageState.COMPLETE: "green",
     StageState.FAILED: "red",
     StageState.PAUSED: "yellow",
+    StageState.STOPPED: "yellow",
     StageState.RUNNING: "cyan",
     StageState.WAITING: "dim",
 }
@@ -101,6 +102,8 @@ class RunDisplay:
 def describe(view: StageView) -> str:
     """Pods, progress, and why it waits, in one line."""
     parts = []
+    if view.state is StageState.STOPPED and view.progress:
+        return f"stopped at step {view.progress.done} of {view.progress.total}"
     if view.pods_wanted and view.state is not StageState.COMPLETE:
         parts.append(f"pods {view.pods_ready}/{view.pods_wanted}")
     if view.progress:

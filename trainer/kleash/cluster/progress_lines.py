@@ -17,6 +17,7 @@ _LINE = re.compile(
     r"^(?P<task>[A-Za-z][^:]{0,40}): (?P<done>\d+)/(?P<total>\d+)"
     r"(?P<figures>(?:  [a-z]\w* -?[\w.+-]+)*)\s*(?:-?\d+ s, (?P<left>-?\d+) s left)?\s*$"
 )
+_STOP = re.compile(r"^ppo: stopped after step (?P<done>\d+) of (?P<total>\d+)\b")
 _FIGURE = re.compile(r"([a-z]\w*) (-?[\w.+-]+)")
 
 
@@ -52,4 +53,12 @@ def read_progress(log: str) -> StageProgress | None:
                 dict(_FIGURE.findall(match["figures"])),
                 None if left is None else int(left),
             )
+    return None
+
+
+def read_stop(log: str) -> StageProgress | None:
+    """Where a trainer was that somebody told to stop; None when it was not, or the log is gone."""
+    for line in reversed(log.splitlines()):
+        if match := _STOP.match(line):
+            return StageProgress("PPO", int(match["done"]), int(match["total"]))
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from kleash.base.errors import UserError
 from kleash.cluster.connection import ClusterError, UnreachableError
 from kleash.cluster.diagnosis import is_finished, pods_of
-from kleash.cluster.objects import Manifest, Objects, labels_of, name_of
+from kleash.cluster.objects import POD, Manifest, Objects, labels_of, name_of
 from kleash.cluster.run_record import RunRecord, StageState
 from kleash.cluster.stage_view import (
     RunView,
@@ -22,6 +23,10 @@ from kleash.cluster.stage_view import (
 from kleash.cluster.stages import COMPONENT_LABEL, SERVICE_COMPONENTS, Stage
 
 POLL_S = 2.0
+OUTAGE_S = 600.0
+"""Following ends when the API server has been away for so long."""
+OVERLAP_S = 5
+"""After a break the log is read again from so long before it: clocks of machines differ."""
 
 Show = Callable[[str], None]
 """Prints a line."""
@@ -41,7 +46,10 @@ def choose_stage(record: RunRecord, name: str | None) -> tuple[Stage, str | None
     if name is None:
         stage = Stage(record.stage) if record.stage else Stage.SETUP
         if stage is Stage.SETUP:
-            raise UserError(f"run {record.run_id} has started no stage yet: there is no log.")
+            raise UserError(
+                f"run {record.run_id} has started no stage yet: there is no log; kleash k8s status "
+                f"{record.run_id} shows what it waits for."
+            )
         return stage, None
     if name in SERVICE_COMPONENTS:
         return Stage.SERVICES, name
@@ -84,7 +92,9 @@ def follow_logs(
     """Print logs as they come: of a Job until it is over, of services until interrupted.
 
     Pods that take the place of others, and init containers before the main one, are followed too.
+    Raises UnreachableError when the API server has been away for OUTAGE_S.
     """
+    objects = objects.with_patience(OUTAGE_S, lambda sentence: show(f"({sentence})"), sleep)
     seen: set[tuple[str, str, int]] = set()
     told = ""
     while True:
@@ -96,12 +106,13 @@ def follow_logs(
             show(f"({why})")
         seen.update(key for _, key in started)
         if len(started) == 1 and stage.is_job:
-            for line in _lines(objects, started[0][0], tail_lines=tail_lines, follow=True):
+            for line in _lines_to_the_end(objects, started[0][0], tail_lines, show, sleep):
                 show(line)
         for pod, _ in started if not stage.is_job else ():
             threading.Thread(
                 target=_follow_one,
-                args=(objects, pod, tail_lines, show, pods),
+                args=(objects, pod, pods),
+                kwargs={"tail_lines": tail_lines, "show": show, "sleep": sleep},
                 name=f"log-{name_of(pod)}",
                 daemon=True,
             ).start()
@@ -113,23 +124,91 @@ def follow_logs(
 def _follow_one(
     objects: Objects,
     pod: Manifest,
+    pods: Sequence[Manifest],
+    *,
     tail_lines: int | None,
     show: Show,
-    pods: Sequence[Manifest],
+    sleep: Callable[[float], None],
 ) -> None:
+    def show_with_prefix(line: str) -> None:
+        show(_with_prefix(line, pod, pods))
+
     try:
-        for line in _lines(objects, pod, tail_lines=tail_lines, follow=True):
-            show(_with_prefix(line, pod, pods))
+        for line in _lines_to_the_end(objects, pod, tail_lines, show_with_prefix, sleep):
+            show_with_prefix(line)
     except (ClusterError, UnreachableError) as error:
-        show(_with_prefix(f"({error})", pod, pods))
+        show_with_prefix(f"({error})")
+
+
+def _lines_to_the_end(
+    objects: Objects,
+    pod: Manifest,
+    tail_lines: int | None,
+    show: Show,
+    sleep: Callable[[float], None],
+) -> Iterator[str]:
+    """The log as it comes; where it breaks off it goes on behind the last line that came."""
+    last, since_s = "", None
+    came = time.monotonic()
+    end = came + OUTAGE_S
+    while True:
+        try:
+            lines = _lines(
+                objects, pod, tail_lines=tail_lines, since_s=since_s, follow=True, has_times=True
+            )
+            for each in lines:
+                written, _, line = each.partition(" ")
+                came = time.monotonic()
+                end = came + OUTAGE_S
+                if not written[:4].isdigit():  # what a kubelet says for itself
+                    yield each
+                elif written > last:
+                    last = written
+                    yield line
+            if not _is_running(objects, pod):
+                return
+        except UnreachableError as error:
+            if time.monotonic() > end or not error.is_transient:
+                raise
+            show(f"({error} Following the log again.)")
+        sleep(POLL_S)
+        if last:
+            tail_lines, since_s = None, math.ceil(time.monotonic() - came) + OVERLAP_S
+
+
+def _is_running(objects: Objects, pod: Manifest) -> bool:
+    """Whether the container whose log ended goes on: then somebody in between cut it off."""
+    now = objects.get(POD, name_of(pod))
+    if now is None or now["metadata"].get("uid") != pod["metadata"].get("uid"):
+        return False
+    key = _key(now)
+    return (
+        key is not None
+        and key == _key(pod)
+        and any(
+            status["name"] == key[1] and "running" in (status.get("state") or {})
+            for status in container_statuses(now)
+        )
+    )
 
 
 def _lines(
-    objects: Objects, pod: Manifest, *, tail_lines: int | None, follow: bool
+    objects: Objects,
+    pod: Manifest,
+    *,
+    tail_lines: int | None,
+    follow: bool,
+    since_s: int | None = None,
+    has_times: bool = False,
 ) -> Iterator[str]:
     rest = b""
     pieces = objects.follow_log(
-        name_of(pod), speaking_container(pod), tail_lines=tail_lines, follow=follow
+        name_of(pod),
+        speaking_container(pod),
+        tail_lines=tail_lines,
+        since_s=since_s,
+        follow=follow,
+        has_times=has_times,
     )
     for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")

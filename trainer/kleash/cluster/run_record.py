@@ -33,6 +33,8 @@ class RunState(StrEnum):
     PAUSED = "Paused"
     FAILED = "Failed"
     COMPLETE = "Complete"
+    STOPPED = "Stopped"
+    """Somebody told the trainer to stop before its last step."""
     CANCELLED = "Cancelled"
 
 
@@ -44,6 +46,7 @@ class StageState(StrEnum):
     PAUSED = "Paused"
     FAILED = "Failed"
     COMPLETE = "Complete"
+    STOPPED = "Stopped"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class RunRecord:
     stage: str = ""
     """The stage that is or was under way."""
     message: str = ""
-    """Why it failed, in one sentence."""
+    """Why it failed, in one sentence, or where it was stopped."""
     created: str = ""
     uid: str = ""
     """Of the ConfigMap, for Events; empty before it is stored."""
@@ -90,7 +93,7 @@ class RunRecord:
     @property
     def is_over(self) -> bool:
         """Whether nothing is to be done any more, unless somebody asks for it."""
-        return self.state in (RunState.COMPLETE, RunState.CANCELLED)
+        return self.state in (RunState.COMPLETE, RunState.STOPPED, RunState.CANCELLED)
 
     def of(self, stage: str) -> StageRecord:
         """What is known of a stage."""
@@ -103,7 +106,7 @@ class RunRecord:
     def with_stage(self, stage: Stage, state: StageState) -> RunRecord:
         """The stage has come into this state now."""
         before, now = self.of(stage), utc_now()
-        is_over = state in (StageState.COMPLETE, StageState.FAILED)
+        is_over = state in (StageState.COMPLETE, StageState.STOPPED, StageState.FAILED)
         begins = not before.started or before.state is StageState.FAILED
         after = StageRecord(
             state,

@@ -46,7 +46,8 @@ def describe_run(objects: Objects, record: RunRecord) -> dict[str, Any]:
         view = view_stage(objects, run, stage)
         if stage is Stage.SETUP or (stage not in record.stages and not run.owners(stage)):
             continue
-        state = known.state if known.state is StageState.COMPLETE else view.state
+        is_over = known.state in (StageState.COMPLETE, StageState.STOPPED)
+        state = known.state if is_over else view.state
         stages.append(
             {
                 "stage": str(stage),
@@ -75,14 +76,20 @@ def describe_run(objects: Objects, record: RunRecord) -> dict[str, Any]:
 def hint(record: RunRecord) -> str:
     """What whoever looks at the run may want to do."""
     run_id = record.run_id
-    if record.state is RunState.PAUSED:
-        return f"kleash k8s resume {run_id} goes on"
-    if record.state is RunState.FAILED:
-        return f"correct that, then kleash k8s run with --run_id={run_id} tries the stage again"
-    if record.state is RunState.CANCELLED:
-        return f"kleash k8s run with --run_id={run_id} takes it up again"
-    if record.state is RunState.COMPLETE:
-        return f"kleash k8s cancel {run_id} removes its services and keeps its data"
+    hints = {
+        RunState.PAUSED: f"kleash k8s resume {run_id} goes on",
+        RunState.FAILED: (
+            f"correct that, then kleash k8s run with --run_id={run_id} tries the stage again"
+        ),
+        RunState.CANCELLED: f"kleash k8s run with --run_id={run_id} takes it up again",
+        RunState.STOPPED: (
+            f"kleash k8s run with --run_id={run_id} goes on from its checkpoint; kleash k8s cancel "
+            f"{run_id} removes its services and keeps its data"
+        ),
+        RunState.COMPLETE: f"kleash k8s cancel {run_id} removes its services and keeps its data",
+    }
+    if record.state in hints:
+        return hints[record.state]
     if _seconds_since(record.caller_seen) > ABSENT_AFTER_S:
         return (
             f"no caller takes the run on to its next stage (last seen: {_age(record.caller_seen)} "

@@ -29,7 +29,7 @@ from kleash.cluster.objects import (
     labels_of,
     name_of,
 )
-from kleash.cluster.progress_lines import LINES_TO_READ, StageProgress, read_progress
+from kleash.cluster.progress_lines import LINES_TO_READ, StageProgress, read_progress, read_stop
 from kleash.cluster.run_record import StageState
 from kleash.cluster.stages import RUN_LABEL, Stage, stage_of
 
@@ -90,6 +90,9 @@ def view_stage(objects: Objects, run: RunView, stage: Stage) -> StageView:
         progress = _progress(objects, run.stage_pods(stage)) if stage.is_job else None
         if ready < wanted or not run.stage_pods(stage):
             reasons = explain(owners, run.pods, *_circumstances(objects))
+    if stage is Stage.PPO and state is StageState.COMPLETE:
+        progress = _stop(objects, run.stage_pods(stage))
+        state = StageState.STOPPED if progress else state
     return StageView(stage, state, ready, wanted, progress, reasons)
 
 
@@ -230,6 +233,11 @@ def _progress(objects: Objects, pods: Sequence[Manifest]) -> StageProgress | Non
                 return None
             return read_progress(log)
     return None
+
+
+def _stop(objects: Objects, pods: Sequence[Manifest]) -> StageProgress | None:
+    """Where the newest pod was told to stop: it ends well then, and with it its Job."""
+    return read_stop(read_tail(objects, pods[-1], main_container(pods[-1]))) if pods else None
 
 
 def _last_error(tail: str) -> str:

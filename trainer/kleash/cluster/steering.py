@@ -17,7 +17,6 @@ from kleash.cluster.objects import (
     JOB,
     POD,
     Kind,
-    Manifest,
     Objects,
     labels_of,
     name_of,
@@ -32,8 +31,9 @@ from kleash.cluster.run_record import (
     find_run,
     require_run,
 )
-from kleash.cluster.stage_view import job_state
+from kleash.cluster.stage_view import look, view_stage
 from kleash.cluster.stages import COMPONENT_LABEL, RUN_LABEL, Stage, stage_of
+from kleash.cluster.suspension import obey_record, unfinished_jobs
 
 LEASE = Kind("coordination.k8s.io/v1", "Lease")
 SERVICE = Kind("v1", "Service")
@@ -49,56 +49,57 @@ POLL_S = 1.0
 
 def pause(objects: Objects, run_id: str) -> str:
     """Suspend the run's Job: its pods end, the trainer with a checkpoint. Returns what was done."""
-    record = require_run(objects, run_id)
-    if record.state not in (RunState.RUNNING, RunState.PAUSED):
-        raise UserError(f"run {run_id} is {record.state.lower()}: there is nothing to pause.")
-    jobs = _unfinished_jobs(objects, run_id)
-    for job in jobs:
+    for job in unfinished_jobs(objects, run_id):
         if queue := labels_of(job).get(KUEUE_LABEL):
             raise UserError(
                 f"Job {name_of(job)} is started and stopped by Kueue (queue {queue}); pause it "
                 "there: set spec.active to false in its Workload."
             )
-    # The record first: whoever drives the run starts no further stage from now on.
-    change_record(objects, run_id, lambda its: replace(its, state=RunState.PAUSED))
-    running = [job for job in jobs if not job["spec"].get("suspend")]
-    for job in running:
-        objects.merge(JOB, name_of(job), {"spec": {"suspend": True}})
-    if record.state is RunState.PAUSED and not running:
+    before = require_run(objects, run_id)
+    record = change_record(objects, run_id, _paused)
+    suspended = obey_record(objects, run_id)
+    if before.state is RunState.PAUSED and not suspended:
         return f"run {run_id} is paused already; kleash k8s resume {run_id} goes on"
     emit(objects, record, "Paused", f"paused in stage {record.stage or 'setup'}")
-    lost = [str(stage_of(job)) for job in running if not stage_of(job).has_checkpoints]
+    lost = [str(stage_of(job)) for job in suspended if not stage_of(job).has_checkpoints]
     note = (
         f"; {', '.join(lost)} has no checkpoints and begins anew then"
         if lost
         else "; the trainer goes on from its checkpoint"
-        if running
+        if suspended
         else ""
     )
     return f"run {run_id} is paused; kleash k8s resume {run_id} goes on{note}"
 
 
+def _paused(record: RunRecord) -> RunRecord:
+    if record.state not in (RunState.RUNNING, RunState.PAUSED):
+        raise UserError(
+            f"run {record.run_id} is {record.state.lower()}: there is nothing to pause; kleash k8s "
+            "status shows the runs that go on."
+        )
+    return replace(record, state=RunState.PAUSED)
+
+
 def resume(objects: Objects, run_id: str) -> str:
     """Let a paused run go on. Returns what was done."""
-    record = require_run(objects, run_id)
-    suspended = [
-        job
-        for job in _unfinished_jobs(objects, run_id)
-        if job["spec"].get("suspend") and KUEUE_LABEL not in labels_of(job)
-    ]
-    if record.state is not RunState.PAUSED and not suspended:
-        if record.state is RunState.RUNNING:
-            return f"run {run_id} is not paused"
-        raise UserError(
-            f"run {run_id} is {record.state.lower()}, not paused; kleash k8s run with "
-            f"--run_id={run_id} takes it up again."
-        )
-    for job in suspended:
-        objects.merge(JOB, name_of(job), {"spec": {"suspend": False}})
-    if record.state is RunState.PAUSED:
-        change_record(objects, run_id, lambda its: replace(its, state=RunState.RUNNING))
+    was_paused = require_run(objects, run_id).state is RunState.PAUSED
+    record = change_record(objects, run_id, _resumed)
+    # Also a Job that was suspended by hand.
+    started = obey_record(objects, run_id)
+    if not was_paused and not started:
+        return f"run {run_id} is not paused"
     emit(objects, record, "Resumed", f"resumed in stage {record.stage or 'setup'}")
     return f"run {run_id} goes on"
+
+
+def _resumed(record: RunRecord) -> RunRecord:
+    if record.state not in (RunState.RUNNING, RunState.PAUSED):
+        raise UserError(
+            f"run {record.run_id} is {record.state.lower()}, not paused; kleash k8s run with "
+            f"--run_id={record.run_id} takes it up again."
+        )
+    return replace(record, state=RunState.RUNNING)
 
 
 def cancel(
@@ -121,7 +122,13 @@ def cancel(
     if record is None and not claims and not jobs:
         record = require_run(objects, run_id)
     if record is not None and record.state is not RunState.CANCELLED:
-        complete = {stage_of(job) for job in jobs if job_state(job) is StageState.COMPLETE}
+        run = look(objects, run_id)
+        stages = {stage_of(job) for job in jobs}
+        complete = {
+            stage
+            for stage in stages
+            if view_stage(objects, run, stage).state is StageState.COMPLETE
+        }
         record = change_record(objects, run_id, lambda its: _cancelled(its, complete))
         emit(objects, record, "Cancelled", f"cancelled in stage {record.stage or 'setup'}")
     kinds = _kinds_of(record)
@@ -156,21 +163,13 @@ def _cancelled(record: RunRecord, complete: set[Stage]) -> RunRecord:
     ``complete`` are those whose Jobs say so, which no caller may have seen yet.
     """
     for stage in complete:
-        if not record.is_complete(stage):
+        if record.of(stage).state not in (StageState.COMPLETE, StageState.STOPPED):
             record = replace(record.with_stage(stage, StageState.COMPLETE), stage=record.stage)
     stages = {
         name: each if Stage(name).is_job and record.is_complete(Stage(name)) else StageRecord()
         for name, each in record.stages.items()
     }
     return replace(record, state=RunState.CANCELLED, stages=stages)
-
-
-def _unfinished_jobs(objects: Objects, run_id: str) -> list[Manifest]:
-    return [
-        job
-        for job in objects.find(JOB, {RUN_LABEL: run_id})
-        if job_state(job) not in (StageState.COMPLETE, StageState.FAILED)
-    ]
 
 
 def _kinds_of(record: RunRecord | None) -> list[Kind]:

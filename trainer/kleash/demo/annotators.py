@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from kleash.base.errors import ConfigError
 from kleash.demo.judge import score
 from kleash.demo.sentences import read
 
@@ -134,13 +135,20 @@ def calibrate_tau(differences: np.ndarray, disagreement: float) -> float:
     """The noise at which two annotators disagree on a share ``disagreement`` of the pairs.
 
     Their expected disagreement is the mean of 2 p (1 - p), which grows with tau; bisection.
-    Raises ValueError when no noise reaches it: ties alone may exceed it, and 1/2 is the limit.
+    Raises ConfigError when no noise reaches it: ties alone may exceed it, and 1/2 is the limit.
     """
+    if not differences.size:
+        raise ConfigError(
+            "no prompt has two different candidates, so that there is nothing to compare; raise "
+            "settings.world.comparison_prompts or settings.reward_model.num_responses."
+        )
     lowest = 0.5 * float((differences == 0).mean())
     if not lowest < disagreement < 0.5:
-        raise ValueError(
-            f"two annotators can disagree on {lowest:.3f} to 0.5 of these pairs, not on "
-            f"{disagreement}; a share of {2 * lowest:.3f} of them is tied."
+        raise ConfigError(
+            f"two annotators can disagree on {lowest:.3f} to 0.5 of these {differences.size} "
+            f"pairs, not on {disagreement:g}, for a share of {2 * lowest:.3f} of them is tied; set "
+            "settings.reward_model.disagreement between the two, or raise "
+            "settings.world.comparison_prompts."
         )
     low, high = 1e-6, 1e6
     for _ in range(100):

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kleash.base.errors import ConfigError
 from kleash.demo import demonstrators
 from kleash.demo.annotators import Annotator, gold_differences, label, sigmoid, write_lines
 from kleash.demo.demonstrators import Demonstrator, respond
@@ -82,7 +83,8 @@ def write_comparisons(
 ) -> dict[str, float]:
     """Let annotators rank the candidates: comparisons.jsonl and held-out-comparisons.jsonl.
 
-    Returns their figures; the noise ceiling is that of the held-out pairs.
+    Returns their figures; the noise ceiling is that of the held-out pairs. Raises ConfigError when
+    the settings make too little of something.
     """
     everything = folder / "all-comparisons.jsonl"
     labels = label(
@@ -98,6 +100,12 @@ def write_comparisons(
         int(row["id"].rpartition("-")[2]) < settings.world.held_out_comparison_prompts
         for row in rows
     )
+    if not 0 < num_held_out < len(rows):
+        raise ConfigError(
+            f"of {len(rows)} prompts with different candidates {num_held_out} are held out, and "
+            "both parts need some; raise settings.world.comparison_prompts and "
+            "settings.world.held_out_comparison_prompts."
+        )
     write_lines(folder / "comparisons.jsonl", rows[num_held_out:])
     write_lines(folder / "held-out-comparisons.jsonl", rows[:num_held_out])
     differences = gold_differences(row["gold"] for row in rows[:num_held_out])

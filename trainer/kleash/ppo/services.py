@@ -25,6 +25,7 @@ from kleash.ppo.config import PPOConfig, ServicesConfig
 from kleash.ppo.patience import Patience
 from kleash.reference.v1 import reference_pb2
 from kleash.reward.v1 import reward_pb2
+from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import NotFound, ServiceError, Unavailable
 from kleash.weights.coordinator import Replicas
 
@@ -123,9 +124,14 @@ def open_policy(address: str, config: ServicesConfig) -> PolicyClient:
 @contextlib.contextmanager
 def open_scorers(config: ServicesConfig) -> Iterator[tuple[RewardClient, ReferenceClient]]:
     """Clients of the reward and the reference service."""
+    credentials = Credentials.from_env(caller="trainer")
     with (
-        RewardClient(config.reward, timeout_s=config.score_timeout_s) as reward,
-        ReferenceClient(config.reference, timeout_s=config.score_timeout_s) as reference,
+        RewardClient(
+            config.reward, timeout_s=config.score_timeout_s, credentials=credentials
+        ) as reward,
+        ReferenceClient(
+            config.reference, timeout_s=config.score_timeout_s, credentials=credentials
+        ) as reference,
     ):
         yield reward, reference
 

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 
+STOP_S = 40.0
+"""A service's drain_grace_s, 30 s unless its section says more, and what it needs to end itself."""
+
 
 class ServiceDiedError(KleashError):
     """A supervised service ended and was not restarted any more."""
@@ -106,7 +109,7 @@ class Supervisor:
             raise ServiceDiedError(self.failure)
         return 128 + received[0] if received and process.returncode else process.returncode
 
-    def stop(self, grace_s: float = 30.0) -> None:
+    def stop(self, grace_s: float = STOP_S) -> None:
         """SIGTERM to every child, SIGKILL to those that are not gone after ``grace_s``."""
         self._stopping.set()
         if self._watcher.is_alive():
