@@ -40,12 +40,14 @@ def load_frozen(
     *,
     max_item_tokens: int,
     max_batch_tokens: int,
+    needs_eos: bool = True,
 ) -> FrozenModel:
     """Load the model with ``load`` (a function of kleash.lm.load) and identify it.
 
     Args:
         max_item_tokens: longest input to accept; 0 means as many as the model and a batch take.
         max_batch_tokens: tokens in one forward pass.
+        needs_eos: refuse a tokenizer without an end-of-sequence token.
 
     Raises UserError with the place and the remedy.
     """
@@ -53,7 +55,10 @@ def load_frozen(
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
     tokenizer = load_tokenizer(
-        config.model, pad_token=config.pad_token, chat_template=config.chat_template
+        config.model,
+        pad_token=config.pad_token,
+        chat_template=config.chat_template,
+        needs_eos=needs_eos,
     )
     # A folder may hold a training run's truncation and padding. The first call would reset them,
     # and that call may be one of two threads at a time.

@@ -119,9 +119,9 @@ class ModelReplacer:
                     field="folder",
                 )
             return None
-        folder = Path(text).resolve()
+        folder = Path(text).resolve() if "\0" not in text else None
         allowed = [Path(each).resolve() for each in self._config.model_folders]
-        if not text or not any(folder.is_relative_to(each) for each in allowed):
+        if not text or not folder or not any(folder.is_relative_to(each) for each in allowed):
             raise InvalidRequest(
                 f"folder '{text}' is not inside of this server's reward.model_folders "
                 f"({', '.join(map(str, allowed)) or 'there are none'}).",
