@@ -40,7 +40,7 @@ class AioChannel:
         """As kleash.rpc.channel.connect. Raises ConfigError for files that cannot be used."""
         own = Credentials.from_env() if credentials is None else credentials
         self._target = target(address)
-        self._options = channel_options(service, methods_to_retry, server_name=own.server_name)
+        self._options = channel_options(service, methods_to_retry, own)
         self._make_stub = make_stub
         self._pem: Reloading[Pem] | None
         self._pem, self._token = watch(own)

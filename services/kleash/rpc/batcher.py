@@ -1,11 +1,12 @@
 """One queue and one model thread for all callers of a service.
 
-    submit() ─► admission by tokens ─► waiting calls ─► next batch ─► model thread ─► results
-                full: Overloaded       gone or expired: sorted by     compute()       one future
-                                       dropped here     length                        a call
+    submit() ─► admission: tokens, ─► waiting calls ──► next batch ─► model thread ─► results
+                time, quota           by precedence;    sorted by     compute()       one future
+                no room: Overloaded   gone or expired:  length                        a call
+                                      dropped here
 
 Everything but ``compute`` runs on the event loop. A batch is the largest one at hand: nothing waits
-for company. It always holds an item of the oldest call, so that no call starves.
+for company. Which calls it serves is in waiting_line.py.
 """
 
 from __future__ import annotations
@@ -13,21 +14,30 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from kleash.base import metrics
-from kleash.rpc.batching import choose_batch
 from kleash.rpc.deadline import deadline
 from kleash.rpc.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from kleash.rpc.model_thread import ModelThread
+from kleash.rpc.pace import Pace
+from kleash.rpc.quota import Account, account
+from kleash.rpc.waiting_line import WINDOW_BATCHES, Batch, Call, WaitingLine
 
 T = TypeVar("T")
 R = TypeVar("R")
 X = TypeVar("X")
 
-# Items looked at for one batch; bounds the sorting when the queue is long.
-WINDOW_ITEMS = 1024
+# A batch is made no longer than this, at the pace of late, once it has so many tokens.
+BATCH_S, MIN_BATCH_TOKENS = 0.5, 2048
+# Of the time until its deadline that a call may be expected to take: estimates are off, and the
+# answer travels.
+TIME_SHARE = 0.8
+# A call that was dropped would have waited longer, nobody knows how much.
+DROPPED = 2.0
+# By which the clocks of gRPC and of deadlines may differ.
+CLOCK_S = 0.05
 # Bounds of the retry hint.
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
 
@@ -41,39 +51,6 @@ class BatchTiming(Generic[R]):
     """Waiting, for the model and for batches without this call."""
     compute_ns: int
     """Wall time of the batches that held its items."""
-
-
-@dataclass(eq=False)
-class _Call:
-    """One submit."""
-
-    items: Sequence[Any]
-    sizes: list[int]
-    isolate: bool
-    future: asyncio.Future[list[Any]]
-    deadline: float | None
-    enqueued: float = field(default_factory=time.monotonic)
-    waiting: list[int] = field(default_factory=list)
-    """Indices of the items that wait, by size and then by index."""
-    results: list[Any] = field(default_factory=list)
-    num_missing: int = 0
-    started: float | None = None
-    compute_ns: int = 0
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Items that are computed together: (call, index within the call)."""
-
-    members: list[tuple[_Call, int]]
-
-    @property
-    def calls(self) -> list[_Call]:
-        return list(dict.fromkeys(call for call, _ in self.members))
-
-    @property
-    def sizes(self) -> list[int]:
-        return [call.sizes[index] for call, index in self.members]
 
 
 class Batcher(Generic[T, R]):
@@ -100,9 +77,9 @@ class Batcher(Generic[T, R]):
         self._compute = compute
         self._size = size
         self._service = service
-        self._waiting: dict[_Call, None] = {}
-        self._running: list[_Call] = []
-        self._queued_tokens = 0
+        self._waiting = WaitingLine()
+        self._running: list[Call] = []
+        self._running_tokens = 0
         self._thread = thread or ModelThread(service)
         self._owns_thread = thread is None
         self._shown = (0, 0, 0)
@@ -110,7 +87,7 @@ class Batcher(Generic[T, R]):
         self._task: asyncio.Task[None] | None = None
         self._is_accepting = False
         self._last_progress = time.monotonic()
-        self._tokens_per_s = 0.0
+        self._pace = Pace()
         labels = (service, model_name)
         self._queue_requests = metrics.QUEUE_REQUESTS.labels(*labels)
         self._queue_tokens = metrics.QUEUE_TOKENS.labels(*labels)
@@ -121,7 +98,7 @@ class Batcher(Generic[T, R]):
     @property
     def queued_tokens(self) -> int:
         """Tokens that wait for the model; those being computed do not count."""
-        return self._queued_tokens
+        return self._waiting.tokens
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the last sign of life; 0 when there is nothing to do."""
@@ -152,9 +129,10 @@ class Batcher(Generic[T, R]):
         With ``isolate`` they share no batch with other calls, and the same items are split into the
         same batches every time, so that the answer does not depend on other traffic.
 
-        Raises Overloaded at once when they do not fit into the queue, InvalidRequest when they
-        never could, DeadlineExceeded when the call's deadline passes in the queue, Unavailable
-        after stop, and what ``compute`` raised for a batch that held one of them.
+        Raises Overloaded at once when they do not fit into the queue, when they would not be done
+        by the call's deadline, or when the caller's quota is used up; InvalidRequest when they
+        never could fit, DeadlineExceeded when the deadline passes in the queue, Unavailable after
+        stop, and what ``compute`` raised for a batch that held one of them.
         """
         if not items:
             return BatchTiming([], 0, 0)
@@ -163,6 +141,8 @@ class Batcher(Generic[T, R]):
         try:
             results = await call.future
         except asyncio.CancelledError:
+            if call.deadline is not None and call.deadline <= time.monotonic() + CLOCK_S:
+                self._learn_wait(call, DROPPED)  # gRPC ends a call at its deadline
             stage = "queued" if call.started is None else "computing"
             metrics.CANCELLED.labels(self._service, stage).inc()
             self._drop(call)
@@ -176,10 +156,38 @@ class Batcher(Generic[T, R]):
             raise self._draining()
         return await self._thread.run(function)
 
-    def _admit(self, items: Sequence[T], isolate: bool) -> _Call:
+    def _admit(self, items: Sequence[T], isolate: bool) -> Call:
         if not self._is_accepting:
             raise self._draining()
-        sizes = [self._size(item) for item in items]
+        its = account()
+        call = Call(
+            items,
+            [self._size(item) for item in items],
+            isolate,
+            asyncio.get_running_loop().create_future(),
+            deadline(),
+            priority_s=its.priority_s if its is not None else 0.0,
+        )
+        self._check_sizes(call, its)
+        self._check_time(call)
+        if its is not None:
+            try:
+                its.take(call.tokens_waiting)
+            except Overloaded as error:
+                raise self._reject("quota", error) from None
+        if not self._waiting and not self._thread.is_busy:
+            self._last_progress = time.monotonic()
+        self._waiting.add(call)
+        self._show_queue()
+        self._wake.set()
+        item_tokens = metrics.ITEM_TOKENS.labels(self._service)
+        for size in call.sizes:
+            item_tokens.observe(size)
+        return call
+
+    def _check_sizes(self, call: Call, its: Account | None) -> None:
+        """Raise what keeps a call out that does not fit into a batch, or into the queue."""
+        sizes, total = call.sizes, call.tokens_waiting
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         if sizes[largest] > self.max_batch_tokens:
             raise self._reject(
@@ -190,50 +198,56 @@ class Batcher(Generic[T, R]):
                     field=f"items[{largest}]",
                 ),
             )
-        total = sum(sizes)
-        if total > self.max_queued_tokens:
+        limit = int(self.max_queued_tokens * (its.queue_share if its is not None else 1.0))
+        if total > limit:
             raise self._reject(
                 "too_large",
                 InvalidRequest(
-                    f"the request has {total} tokens; at most {self.max_queued_tokens} may wait: "
-                    "send it in parts.",
+                    f"the request has {total} tokens; at most {limit} may wait: send it in parts.",
                     field="items",
                 ),
             )
-        if self._queued_tokens + total > self.max_queued_tokens:
+        if self._waiting.tokens + total > limit:
             raise self._reject(
                 "queue_full",
                 Overloaded(
-                    f"the queue holds {self._queued_tokens} of at most {self.max_queued_tokens} "
+                    f"the queue holds {self._waiting.tokens} of at most {limit} "
                     f"tokens and the request has {total}; try again later.",
                     reason="QUEUE_FULL",
                     retry_after_s=self._retry_after_s(),
                 ),
             )
-        call = _Call(
-            items,
-            sizes,
-            isolate,
-            asyncio.get_running_loop().create_future(),
-            deadline(),
-            waiting=sorted(range(len(items)), key=lambda index: (sizes[index], index)),
-            results=[None] * len(items),
-            num_missing=len(items),
+
+    def _check_time(self, call: Call) -> None:
+        """Raise Overloaded for a call that would not be done by its deadline.
+
+        What is before it, the running batch, and the company that it will have in its batches count
+        at the pace of late. A call that nothing is before is always tried: the pace may be that of
+        tiny batches.
+        """
+        if call.deadline is None or not (self._waiting or self._running):
+            return
+        tokens = self._running_tokens + self._waiting.tokens_before(call) + call.tokens_waiting
+        call.tokens_before = tokens + WINDOW_BATCHES * self._pace.batch_tokens
+        needed_s = self._pace.wait_s(call.tokens_before, call.priority_s)
+        left_s = max(call.deadline - time.monotonic(), 0.0)
+        if needed_s <= TIME_SHARE * left_s:
+            return
+        raise self._reject(
+            "late",
+            Overloaded(
+                f"the call would take about {needed_s:.1f} s, as {tokens} tokens would be computed "
+                f"by then, and its deadline is in {left_s:.1f} s; allow more time or try again "
+                "later.",
+                reason="LATE",
+                retry_after_s=_within_bounds(needed_s - TIME_SHARE * left_s),
+            ),
         )
-        if not self._waiting and not self._thread.is_busy:
-            self._last_progress = time.monotonic()
-        self._waiting[call] = None
-        self._queued_tokens += total
-        self._show_queue()
-        self._wake.set()
-        item_tokens = metrics.ITEM_TOKENS.labels(self._service)
-        for size in sizes:
-            item_tokens.observe(size)
-        return call
 
     async def _serve(self) -> None:
         while self._is_accepting or self._waiting:
-            batch = self._next_batch()
+            self._drop_expired()
+            batch = self._waiting.next_batch(self.max_batch_tokens, self._batch_tokens())
             if batch is None:
                 self._wake.clear()
                 if self._is_accepting:
@@ -241,8 +255,9 @@ class Batcher(Generic[T, R]):
                 continue
             await self._compute_batch(batch)
 
-    async def _compute_batch(self, batch: _Batch) -> None:
+    async def _compute_batch(self, batch: Batch) -> None:
         self._running = batch.calls
+        self._running_tokens = sum(batch.sizes)
         now = time.monotonic()
         self._last_progress = now
         metrics.BATCHER_HEARTBEAT_TIMESTAMP.labels(self._service).set_to_current_time()
@@ -261,7 +276,7 @@ class Batcher(Generic[T, R]):
         elapsed_s = time.monotonic() - now
         self._last_progress = time.monotonic()
         metrics.BATCHER_HEARTBEAT_TIMESTAMP.labels(self._service).set_to_current_time()
-        self._running = []
+        self._running, self._running_tokens = [], 0
         self._deliver(batch, results, failure, elapsed_s)
         self._show_queue()
 
@@ -289,15 +304,12 @@ class Batcher(Generic[T, R]):
         return results
 
     def _deliver(
-        self, batch: _Batch, results: list[R], failure: BaseException | None, elapsed_s: float
+        self, batch: Batch, results: list[R], failure: BaseException | None, elapsed_s: float
     ) -> None:
         sizes = batch.sizes
         padded = len(sizes) * max(sizes)
         if failure is None:
-            rate = padded / max(elapsed_s, 1e-9)
-            self._tokens_per_s = (
-                0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
-            )
+            self._pace.learn(sum(sizes), elapsed_s)
         self._compute_seconds.observe(elapsed_s)
         metrics.BATCH_ITEMS.labels(self._service).observe(len(sizes))
         metrics.BATCH_TOKENS.labels(self._service).observe(padded)
@@ -310,70 +322,53 @@ class Batcher(Generic[T, R]):
             call.results[index] = result
             call.num_missing -= 1
             if not call.num_missing and not call.future.done():
+                self._learn_wait(call)
                 call.future.set_result(call.results)
 
-    def _next_batch(self) -> _Batch | None:
-        """Take the next batch out of the queue, or None when nothing waits."""
-        self._drop_expired()
-        oldest = next(iter(self._waiting), None)
-        if oldest is None:
-            return None
-        members: list[tuple[_Call, int]] = []
-        if oldest.isolate:
-            members = [(oldest, index) for index in oldest.waiting]
-        else:
-            for call in self._waiting:
-                if not call.isolate:
-                    members += [(call, index) for index in call.waiting]
-                if len(members) >= WINDOW_ITEMS:
-                    break
-        seed = (oldest, oldest.waiting[-1])
-        members.sort(key=lambda member: member[0].sizes[member[1]])
-        chosen = choose_batch(
-            [call.sizes[index] for call, index in members],
-            members.index(seed),
-            self.max_batch_tokens,
-        )
-        batch = _Batch(members[chosen])
-        taken: dict[_Call, set[int]] = {}
-        for call, index in batch.members:
-            taken.setdefault(call, set()).add(index)
-            self._queued_tokens -= call.sizes[index]
-        for call, indices in taken.items():
-            call.waiting = [index for index in call.waiting if index not in indices]
-            if not call.waiting:
-                del self._waiting[call]
-        return batch
+    def _batch_tokens(self) -> int:
+        """Of the next batch. One that takes seconds would gain nothing and hold everybody up."""
+        if not self._pace.tokens_per_s:
+            return self.max_batch_tokens
+        wanted = int(BATCH_S * self._pace.tokens_per_s)
+        return min(max(wanted, MIN_BATCH_TOKENS), self.max_batch_tokens)
 
     def _drop_expired(self) -> None:
+        """Also what cannot be done in time any more: its place is of use to others."""
         now = time.monotonic()
-        for call in [c for c in self._waiting if c.deadline is not None and c.deadline <= now]:
-            error = DeadlineExceeded("the call's deadline passed while it waited for the model.")
-            self._fail(call, self._reject("deadline", error))
+        for call in list(self._waiting):
+            if call.deadline is None:
+                continue
+            if call.deadline <= now + self._pace.least_s(call.tokens_waiting):
+                passes = "passed" if call.deadline <= now else "would pass"
+                error = DeadlineExceeded(
+                    f"the call's deadline {passes} while it waited for the model."
+                )
+                self._learn_wait(call, DROPPED)
+                self._fail(call, self._reject("deadline", error))
 
-    def _fail(self, call: _Call, error: BaseException) -> None:
+    def _learn_wait(self, call: Call, factor: float = 1.0) -> None:
+        waited_s = factor * (time.monotonic() - call.enqueued)
+        self._pace.learn_wait(call.tokens_before, call.priority_s, waited_s)
+
+    def _fail(self, call: Call, error: BaseException) -> None:
         self._drop(call)
         if not call.future.done():
             call.future.set_exception(error)
 
-    def _drop(self, call: _Call) -> None:
+    def _drop(self, call: Call) -> None:
         """Take the call's waiting items out of the queue; results of others will be discarded."""
-        if call in self._waiting:
-            del self._waiting[call]
-            self._queued_tokens -= sum(call.sizes[index] for index in call.waiting)
-            call.waiting = []
+        if self._waiting.remove(call):
             self._show_queue()
 
     def _retry_after_s(self) -> float:
         """Time to compute half of the queue, at the speed seen so far."""
-        if not self._tokens_per_s:
+        if not self._pace.tokens_per_s:
             return 1.0
-        seconds = self._queued_tokens / 2 / self._tokens_per_s
-        return min(max(seconds, MIN_RETRY_S), MAX_RETRY_S)
+        return _within_bounds(self._pace.seconds(self._waiting.tokens / 2))
 
     def _show_queue(self) -> None:
         # By the difference: two revisions of a model have one gauge.
-        now = (len(self._waiting), self._queued_tokens, len(self._running))
+        now = (len(self._waiting), self._waiting.tokens, len(self._running))
         gauges = (self._queue_requests, self._queue_tokens, self._running_requests)
         for gauge, value, shown in zip(gauges, now, self._shown, strict=True):
             gauge.inc(value - shown)
@@ -390,6 +385,10 @@ class Batcher(Generic[T, R]):
                 f"the {self._service} service is stopping; try another.", reason="DRAINING"
             ),
         )
+
+
+def _within_bounds(retry_after_s: float) -> float:
+    return min(max(retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -46,7 +46,7 @@ def connect(
     theirs that cannot be used.
     """
     own = Credentials.from_env() if credentials is None else credentials
-    options = channel_options(service, methods_to_retry, checks_health, own.server_name)
+    options = channel_options(service, methods_to_retry, own, checks_health)
     if own.is_empty:
         return grpc.insecure_channel(target(address), options=options)
 
@@ -83,13 +83,15 @@ def _warn_about_plain_token() -> None:
 def channel_options(
     service: str,
     methods_to_retry: Sequence[str],
+    credentials: Credentials,
     checks_health: bool = True,
-    server_name: str = "",
 ) -> list[tuple[str, str | int]]:
     """Channel arguments of ``connect``."""
     named: list[tuple[str, str | int]] = []
-    if server_name:
-        named.append(("grpc.ssl_target_name_override", server_name))
+    if credentials.server_name:
+        named.append(("grpc.ssl_target_name_override", credentials.server_name))
+    if credentials.caller:
+        named.append(("grpc.primary_user_agent", f"kleash-{credentials.caller}"))
     config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if checks_health:
         config["healthCheckConfig"] = {"serviceName": service}

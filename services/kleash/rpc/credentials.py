@@ -38,6 +38,9 @@ class Credentials:
     """Holds the token, in place of ``token``; such as that of a ServiceAccount, which rotates."""
     server_name: str = ""
     """A name that servers' certificates hold, where the address is none, such as a pod's IP."""
+    caller: str = ""
+    """What the client calls itself where servers do not ask who calls; "trainer" goes first. It
+    proves nothing."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a combination that has no meaning."""
@@ -58,7 +61,7 @@ class Credentials:
             _check_token(self.token, "KLEASH_TOKEN")
 
     @classmethod
-    def from_env(cls) -> Credentials:
+    def from_env(cls, *, caller: str = "") -> Credentials:
         """As the environment says; empty variables count as missing. Raises ConfigError."""
         return cls(
             ca=_path("KLEASH_TLS_CA"),
@@ -67,12 +70,13 @@ class Credentials:
             token=os.environ.get("KLEASH_TOKEN", "").strip(),
             token_file=_path("KLEASH_TOKEN_FILE"),
             server_name=os.environ.get("KLEASH_TLS_SERVER_NAME", ""),
+            caller=caller,
         )
 
     @property
     def is_empty(self) -> bool:
         """Neither TLS nor a token."""
-        return self == Credentials()
+        return self == Credentials(caller=self.caller)
 
     def watch_pem(self) -> Reloading[Pem] | None:
         """Contents of the TLS files, kept up to date; None without TLS. Raises ConfigError."""

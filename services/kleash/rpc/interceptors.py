@@ -33,6 +33,8 @@ from kleash.rpc.errors import (
     trailing_metadata,
 )
 from kleash.rpc.health import HEALTH_SERVICE
+from kleash.rpc.quota import Quotas
+from kleash.rpc.reception import Reception, descriptor_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,19 @@ Behavior = Callable[[Any, Any], Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of the hosted services."""
 
-    def __init__(self, services: tuple[str, ...], gate: Gate, *, max_request_s: float) -> None:
+    def __init__(
+        self,
+        services: tuple[str, ...],
+        gate: Gate,
+        *,
+        quotas: Quotas,
+        audits: audit.Audits,
+        max_request_s: float,
+    ) -> None:
         self._services = frozenset(services)
         self._gate = gate
+        self._quotas = quotas
+        self._audits = audits
         self._max_request_s = max_request_s
         self._wrapped: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
         self._loading = frozenset(services)
@@ -74,7 +86,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except ServiceError as error:
             is_hosted = handler is not None and service in self._services
             labels = (_kind(handler), service, method) if is_hosted else (OTHER,) * 3
-            return _refuse(error, labels)
+            return _refuse(error, labels, audits=self._audits.calls)
         if service in self._loading:
             return _refuse(Unavailable(f"{service} is still loading; try again.", reason="LOADING"))
         if handler is None:
@@ -98,18 +110,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             handler.request_deserializer,
             is_before=True,
         )
-        guard = _Guard(
-            (_kind(handler), service, method),
-            self._max_request_s,
+        reception = Reception(
+            label,
+            f"{service}/{method}",
             check=functools.partial(self._gate.check_peer, label),
-            audits=self._gate.is_on,
-            # gRPC would parse a single request before anybody could ask who sends it.
-            parse=None if handler.request_streaming else parse,
+            quotas=self._quotas,
+            # gRPC would parse before anybody could ask who sends it and how much it holds.
+            parse=parse,
+            descriptor=descriptor_of(handler.request_deserializer),
+            is_streaming=handler.request_streaming,
+            audits_text=self._audits.text,
         )
+        labels = (_kind(handler), service, method)
+        guard = _Guard(labels, self._max_request_s, reception, audits=self._audits.calls)
         around = guard.stream if handler.response_streaming else guard.unary
         return make(
             around(behavior),
-            request_deserializer=parse if handler.request_streaming else None,
+            request_deserializer=None,
             response_serializer=_observing(
                 metrics.GRPC_SENT_BYTES.labels(service, method),
                 handler.response_serializer,
@@ -138,37 +155,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Guard:
-    """Checks, counts, times, caps and translates the calls of one method."""
+    """Receives, counts, times, caps and translates the calls of one method."""
 
     def __init__(
         self,
         labels: tuple[str, str, str],
         max_request_s: float,
+        reception: Reception,
         *,
-        check: Callable[[Any], None],
         audits: bool,
-        parse: Callable[[bytes], Any] | None,
     ) -> None:
-        """``check`` raises for a caller who may not call; ``parse`` is for a single request."""
         self._started = metrics.GRPC_STARTED.labels(*labels)
         self._seconds = metrics.GRPC_HANDLING_SECONDS.labels(*labels)
         self._labels = labels
         self._max_request_s = max_request_s
-        self._check = check
+        self._reception = reception
         self._audits = audits
-        self._parse = parse
-
-    def _request(self, raw: Any, context: Any) -> Any:
-        """What the handler gets, of a caller who may call."""
-        self._check(context)
-        return raw if self._parse is None else self._parse(raw)
 
     def unary(self, behavior: Behavior) -> Behavior:
         """Around a handler that returns its response."""
 
         async def handle(request: Any, context: Any) -> Any:
             async def call() -> Any:
-                return await behavior(self._request(request, context), context)
+                received = await self._reception.request(request, context)
+                return await behavior(received, context)
 
             return await self._run(call, context)
 
@@ -181,9 +191,8 @@ class _Guard:
             writes = _Writes(context)
 
             async def call() -> None:
-                responses: AsyncIterable[Any] | Awaitable[None] = behavior(
-                    self._request(request, context), writes
-                )
+                received = await self._reception.request(request, context)
+                responses: AsyncIterable[Any] | Awaitable[None] = behavior(received, writes)
                 if inspect.isawaitable(responses):
                     await responses
                     return
@@ -205,6 +214,7 @@ class _Guard:
         before_abort: Callable[[], Awaitable[None]] | None = None,
     ) -> Any:
         self._started.inc()
+        facts = audit.expect()
         began = time.monotonic()
         code, reason = grpc.StatusCode.OK, ""
         allowed = context.time_remaining()
@@ -243,13 +253,19 @@ class _Guard:
                 await before_abort()
             await abort(context, answer)
         finally:
+            self._reception.quotas.end()
             seconds = time.monotonic() - began
             metrics.GRPC_HANDLED.labels(*self._labels, code.name).inc()
             self._seconds.observe(seconds)
             if self._audits:
-                name = "/".join(self._labels[1:])
                 audit.record(
-                    context, caller=caller(), method=name, code=code, reason=reason, seconds=seconds
+                    caller=caller(),
+                    peer=context.peer(),
+                    method=self._reception.method,
+                    code=code,
+                    reason=reason,
+                    seconds=seconds,
+                    facts=facts,
                 )
 
 
@@ -355,25 +371,27 @@ def _parts(handler: grpc.RpcMethodHandler) -> tuple[Behavior | None, Callable[..
     return handler.unary_unary, grpc.unary_unary_rpc_method_handler
 
 
-def _refuse(error: ServiceError, labels: tuple[str, ...] | None = None) -> grpc.RpcMethodHandler:
+def _refuse(
+    error: ServiceError, labels: tuple[str, ...] | None = None, *, audits: bool = False
+) -> grpc.RpcMethodHandler:
     """A handler that answers ``error`` to any call of any kind, and reads nothing of it.
 
-    With ``labels`` the call is one that the metrics count and the audit names.
+    With ``labels`` the metrics count the call, and the audit may name it.
     """
 
     async def handle(_requests: Any, context: Any) -> None:
         if labels is not None:
             metrics.GRPC_STARTED.labels(*labels).inc()
             metrics.GRPC_HANDLED.labels(*labels, error.code.name).inc()
-            name = "/".join(labels[1:])
-            audit.record(
-                context,
-                caller=caller(),
-                method=name,
-                code=error.code,
-                reason=error.reason,
-                seconds=0.0,
-            )
+            if audits:
+                audit.record(
+                    caller=caller(),
+                    peer=context.peer(),
+                    method="/".join(labels[1:]),
+                    code=error.code,
+                    reason=error.reason,
+                    seconds=0.0,
+                )
         await abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(handle)

@@ -24,11 +24,13 @@ from grpc_reflection.v1alpha import reflection
 from kleash.base import metrics
 from kleash.base.config import Config
 from kleash.base.ending import end_at_once
+from kleash.rpc.audit import AuditMode, Audits
 from kleash.rpc.auth import AuthConfig, Gate, warn_about_plain_tokens
 from kleash.rpc.health import HEALTH_SERVICE, HealthBoard
 from kleash.rpc.interceptors import CallInterceptor
 from kleash.rpc.late_handlers import LateHandlers
 from kleash.rpc.ports import bind, join, serve_metrics
+from kleash.rpc.quota import DEFAULT_QUOTAS, QuotaConfig, Quotas
 from kleash.rpc.service import Service
 from kleash.rpc.tls import TlsConfig, server_credentials
 
@@ -77,6 +79,11 @@ class ServerConfig(Config):
     """Certificates of the gRPC port."""
     auth: AuthConfig = AuthConfig()
     """Who may call the gRPC port."""
+    quotas: tuple[QuotaConfig, ...] = DEFAULT_QUOTAS
+    """What each caller may take, and who goes first where calls wait."""
+    audit: AuditMode = "auto"
+    """Lines in the log about each call: "calls" for who, what and how long; "text" for what the
+    requests hold, too; "off" for none; "auto" for "calls" unless auth.mode is none."""
 
     @pydantic.model_validator(mode="after")
     def _check_auth(self) -> Self:
@@ -197,7 +204,13 @@ class _Host:
     def _bind_main(self, gate: Gate) -> tuple[grpc.aio.Server, int]:
         config = self._config
         warn_about_plain_tokens(config.auth, has_tls=config.tls.is_on, host=config.host)
-        self._interceptor = CallInterceptor(self._names, gate, max_request_s=config.max_request_s)
+        self._interceptor = CallInterceptor(
+            self._names,
+            gate,
+            quotas=Quotas(config.quotas, trusts_claims=not gate.is_on),
+            audits=Audits.of(config.audit, knows_callers=gate.is_on),
+            max_request_s=config.max_request_s,
+        )
         server = grpc.aio.server(interceptors=[self._interceptor], options=_server_options(config))
         self._health.register(server)
         server.add_generic_rpc_handlers((self._handlers,))

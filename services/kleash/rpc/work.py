@@ -8,6 +8,7 @@ answer_in_process():  begin ──► batches ──────────► 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -16,6 +17,7 @@ from typing import Generic, TypeVar
 
 from kleash.base import metrics
 from kleash.common.v1 import common_pb2
+from kleash.rpc import audit
 from kleash.rpc.batcher import Batcher
 from kleash.rpc.batching import choose_batch
 from kleash.rpc.errors import ServiceError
@@ -54,13 +56,15 @@ async def answer(
     loop = asyncio.get_running_loop()
     began = time.perf_counter_ns()
     try:
-        work = await loop.run_in_executor(threads, begin)
+        # With the call's context, which holds its deadline.
+        work = await loop.run_in_executor(threads, contextvars.copy_context().run, begin)
     except ServiceError as error:
         count_rejection(service, error)
         raise
     tokenize_ns = time.perf_counter_ns() - began
     metrics.TOKENIZE_SECONDS.labels(service, model_name).observe(tokenize_ns / 1e9)
     usage = common_pb2.Usage(tokens=sum(work.lengths), tokenize_ns=tokenize_ns)
+    audit.note(num_tokens=usage.tokens)
     timing = await batcher.submit(work.jobs, isolate=work.isolate)
     usage.queue_ns, usage.compute_ns = timing.queue_ns, timing.compute_ns
     return await loop.run_in_executor(threads, work.finish, timing.results, usage)
