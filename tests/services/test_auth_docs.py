@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kleash.cli import tokens
 from kleash.reward.config import RewardConfig
 from kleash.reward.service import RewardService
 from kleash.rpc import auth, credentials, errors, static_tokens, token_review
+from kleash.rpc.quota import DEFAULT_QUOTAS
 from kleash.rpc.server import BackgroundServer, ServerConfig
 
 pytestmark = pytest.mark.services
@@ -26,8 +28,16 @@ TEXT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 def test_keys_of_the_server_are_those_that_exist() -> None:
     keys = {f"server.{key}" for key, *_ in describe_config(ServerConfig)}
     named = set(re.findall(r"\bserver\.(?:tls\.|auth\.)?[a-z_]+[a-z]\b", TEXT))
-    assert named - {"server.tls", "server.auth", "server.crt"} <= keys
+    assert named - {"server.tls", "server.auth", "server.quotas", "server.crt"} <= keys
     assert {key for key in keys if key.startswith(("server.tls.", "server.auth."))} <= named
+
+
+def test_the_quotas_in_the_docs_are_quotas() -> None:
+    (example,) = re.findall(r"```toml\n(\[\[server\.quotas.*?)```", TEXT, flags=re.DOTALL)
+    config = ServerConfig.model_validate(tomllib.loads(example)["server"])
+    trainer, apps = config.quotas
+    assert trainer == DEFAULT_QUOTAS[0]
+    assert apps.max_running_calls == 32
 
 
 def test_variables_are_those_that_clients_read() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from kleash.rpc.wire import check_fields
 
 pytestmark = pytest.mark.unit
 
-DESCRIPTOR = reward_pb2.ScoreRequest.DESCRIPTOR
+DESCRIPTOR: Any = reward_pb2.ScoreRequest.DESCRIPTOR
 
 
 def num_fields(raw: bytes) -> int:
@@ -21,11 +23,16 @@ def num_fields(raw: bytes) -> int:
     for limit in range(1000):
         try:
             check_fields(raw, DESCRIPTOR, limit)
-        except InvalidRequest as error:
-            assert error.reason == "TOO_LARGE"
+        except InvalidRequest:
             continue
         return limit
     raise AssertionError
+
+
+def test_the_refusal_says_what_to_do() -> None:
+    with pytest.raises(InvalidRequest, match="more than 3 fields; send fewer items") as caught:
+        check_fields(b"\x1a\x00" * 4, DESCRIPTOR, 3)
+    assert caught.value.reason == "TOO_LARGE"
 
 
 def test_fields_of_messages_within_messages_count() -> None:

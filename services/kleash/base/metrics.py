@@ -51,7 +51,8 @@ GRPC_SENT_BYTES = Histogram(
 # --- admission, queue, batches ----------------------------------------------------------------
 REQUESTS_REJECTED = Counter(
     "kleash_requests_rejected_total",
-    "Calls refused, by reason: auth, queue_full, deadline, too_large, draining, tokenizer.",
+    "Calls refused, by reason: auth, quota, queue_full, late, deadline, too_large, draining, "
+    "tokenizer.",
     ["service", "reason"],
 )
 TOKEN_REVIEWS = Counter(

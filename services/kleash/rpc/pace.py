@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Of the newest batch in the averages, and of the newest call.
-WEIGHT, WAIT_WEIGHT = 0.2, 0.05
+WEIGHT, WAIT_WEIGHT = 0.2, 0.1
 MAX_STRETCH = 4.0
 # Estimates below it say more about the clock than about the queue.
 SHORT_S = 0.1
