@@ -121,7 +121,7 @@ def test_shell_examples_run(served: Served, tmp_path: Path) -> None:
     assert {record["code"] for record in records} == {"OK"}
     assert sorted(records[3]["ranking"]) == [0, 1, 2]
     fields = set().union(*records, {"components", "uncertainty", "truncated", "error"})
-    section = TEXT.partition("## Shell")[2].partition("## HTTP")[0]
+    section = TEXT.partition("## Shell")[2].partition("## Any gRPC")[0]
     assert fields <= set(re.findall(r"`([a-z_]+)`", section))
 
 
