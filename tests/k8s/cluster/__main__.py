@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--namespace", help="default: a new one with a random name")
     parser.add_argument("--set", action="append", default=[], help="for helm, as KEY=VALUE")
     parser.add_argument("--values", action="append", default=[], help="for helm, a file")
-    parser.add_argument("--steps", type=int, default=200, help="PPO steps of the whole run")
+    parser.add_argument("--steps", type=int, default=400, help="PPO steps of the whole run")
     parser.add_argument("--budget_s", type=float, default=300, help="until the first PPO step")
     parser.add_argument("--cut", default="", help="shell: drop packets $TRAINER_IP - $POLICY_IP")
     parser.add_argument("--heal", default="", help="shell: undo --cut")
