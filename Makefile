@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 S3_VENV := build/s3-server
+BENCH_FRAMEWORK := build/bench
 CLIENT_VENVS := build/clients
 STAMP := $(VENV)/.installed
 CHECKOV_VENV := .venv-checkov
@@ -13,8 +14,8 @@ TOOLS := build/tools
 WORKERS ?= logical
 HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
-.PHONY: setup demo test check bench protos protos-check lint types imports clean help
-.PHONY: image test-image apt-tools client-venvs
+.PHONY: setup demo test check bench protos protos-check openapi lint types imports clean help
+.PHONY: image test-image apt-tools client-venvs bench-framework
 .PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards chart-readme
 
 help:  ## list the targets
@@ -33,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## all three stages of RLHF on the small world, from nothing, on the CPU
 	$(BIN)/kleash demo
 
-test: check k8s-tools checkov $(S3_VENV)/.installed client-venvs  ## every check and every test that this machine can run
+test: check k8s-tools checkov $(S3_VENV)/.installed client-venvs bench-framework  ## every check and every test that this machine can run
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=loadfile
 
 check: lint types imports protos-check manifests-check  ## linters, types, layer contracts, generated code
@@ -49,9 +50,10 @@ types: $(STAMP)
 imports: $(STAMP)
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## the benchmarks, quickly; full runs are described in benchmarks/README.md
+bench: $(STAMP) bench-framework  ## the benchmarks, quickly; full runs are described in benchmarks/README.md
 	$(BIN)/python benchmarks/ppo_step.py --quick
 	$(BIN)/python benchmarks/weights.py --quick
+	$(BIN)/python benchmarks/reward_scoring.py --quick
 
 # The generator needs protobuf < 7, the runtime takes 6 and 7: it lives in an environment of its own.
 $(PROTO_VENV)/.installed:
@@ -64,6 +66,14 @@ $(PROTO_VENV)/.installed:
 $(S3_VENV)/.installed:
 	$(PYTHON) -m venv $(S3_VENV)
 	$(S3_VENV)/bin/python -m pip install --quiet 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
+	touch $@
+
+# The web framework of the server that benchmarks/reward_scoring.py compares with: a folder of its
+# own, because it brings versions of pydantic and others that the project does not choose.
+bench-framework: $(BENCH_FRAMEWORK)/.installed  ## what the reward benchmark compares with
+
+$(BENCH_FRAMEWORK)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --target $(BENCH_FRAMEWORK) fastapi==0.165.0 uvicorn==0.54.0
 	touch $@
 
 # The tests of the client with the oldest and the newest packages that it takes, on each Python found.
@@ -80,6 +90,9 @@ protos-check: $(PROTO_VENV)/.installed  ## fail when the committed generated cod
 		--pyi_out=../build/protos --grpc_python_out=../build/protos $$(find kleash -name '*.proto' | sort)
 	diff -r --exclude='*.proto' --exclude=buf.yaml --exclude=__pycache__ build/protos/kleash protos/kleash \
 		|| { echo 'generated code is stale: run make protos and commit the result'; exit 1; }
+
+openapi: $(STAMP)  ## write the description of the HTTP port from the protos
+	$(BIN)/python protos/openapi.py
 
 image: $(STAMP)  ## the container image, by buildah; BUILD_ARGS goes to it, such as "--build-arg VARIANT=cuda"
 	PYTHON=$(BIN)/python sh k8s/image/build.sh $(BUILD_ARGS)

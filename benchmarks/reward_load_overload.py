@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import random
 import statistics
 import threading
@@ -15,9 +17,13 @@ from typing import Any
 import grpc
 
 TEXT = "the quick brown fox jumps over the lazy dog and says hello to the world "
-WAITERS = 16
+WAITERS = 64
 """Callers in the measurement of the capacity."""
-
+CONNECTIONS = 16
+"""Of each kind of caller. On one a server takes ``max_concurrent_streams`` calls, late ones that it
+has not ended yet included, and refuses the next as a stream, before it knows whose they are."""
+LATE = ("DEADLINE_EXCEEDED", "CANCELLED")
+"""What a caller sees of a deadline that is over, by its own clock or a moment before the server's."""
 
 WINDOW_S = 10.0
 """After which the capacity is looked at again."""
@@ -84,12 +90,18 @@ async def _overload(server: Any, options: argparse.Namespace) -> dict[str, Any]:
         return reward_pb2.ScoreRequest(items=items)
 
     def channel(agent: str) -> grpc.aio.Channel:
-        settings = [("grpc.enable_retries", 0), ("grpc.primary_user_agent", agent)]
+        settings = [
+            ("grpc.enable_retries", 0),
+            ("grpc.primary_user_agent", agent),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
         return grpc.aio.insecure_channel(server.address, options=settings)
 
-    async with channel("kleash-trainer") as one, channel("other") as two:
-        stubs = {"trainer": reward_pb2_grpc.RewardServiceStub(one)}
-        stubs["other"] = reward_pb2_grpc.RewardServiceStub(two)
+    async with contextlib.AsyncExitStack() as stack:
+        stubs: dict[str, list[Any]] = {}
+        for caller, agent in (("trainer", "kleash-trainer"), ("other", "other")):
+            opened = [await stack.enter_async_context(channel(agent)) for _ in range(CONNECTIONS)]
+            stubs[caller] = [reward_pb2_grpc.RewardServiceStub(each) for each in opened]
         measure_s = min(20.0, options.seconds / 2)
         await _closed_loop(stubs["other"], request, measure_s / 4)  # warm-up
         capacity = await _closed_loop(stubs["other"], request, measure_s)
@@ -100,23 +112,23 @@ async def _overload(server: Any, options: argparse.Namespace) -> dict[str, Any]:
     return _report(outcomes, watch, capacity, options)
 
 
-async def _closed_loop(stub: Any, request: Any, seconds: float) -> float:
+async def _closed_loop(stubs: list[Any], request: Any, seconds: float) -> float:
     """Calls per second of callers that wait for each answer."""
     ends, done = time.monotonic() + seconds, 0
 
-    async def caller() -> None:
+    async def caller(stub: Any) -> None:
         nonlocal done
         while time.monotonic() < ends:
             await stub.Score(request(), timeout=60)
             done += 1
 
     began = time.monotonic()
-    await asyncio.gather(*(caller() for _ in range(WAITERS)))
+    await asyncio.gather(*(caller(stubs[n % len(stubs)]) for n in range(WAITERS)))
     return done / (time.monotonic() - began)
 
 
 async def _open_loop(
-    stubs: dict[str, Any],
+    stubs: dict[str, list[Any]],
     request: Any,
     capacity: float,
     generator: random.Random,
@@ -128,12 +140,14 @@ async def _open_loop(
     while it is overloaded: other work on the machine changes it in the middle of a run.
     """
     outcomes: list[Outcome] = []
+    numbers = itertools.count()
     rate, window_began, window_first = capacity * options.factor, time.monotonic(), 0
 
     async def send(caller: str) -> None:
         began, status, has_hint = time.monotonic(), "OK", False
         try:
-            await stubs[caller].Score(request(), timeout=options.deadline_s)
+            stub = stubs[caller][next(numbers) % CONNECTIONS]
+            await stub.Score(request(), timeout=options.deadline_s)
         except grpc.aio.AioRpcError as error:
             status = error.code().name
             trailers = dict(error.trailing_metadata() or ())
@@ -182,7 +196,7 @@ def _report(
         "shed_with_hint_ratio": round(sum(each.has_hint for each in shed) / max(len(shed), 1), 5),
         "other_errors": len(accepted)
         - len(done)
-        - sum(its.get("DEADLINE_EXCEEDED", 0) for its in counts.values()),
+        - sum(its.get(status, 0) for its in counts.values() for status in LATE),
         "trainer_ok_ratio": _ok_ratio(counts, "trainer"),
         "other_ok_ratio": _ok_ratio(counts, "other"),
         "latency_p50_s": round(latency[49], 3),

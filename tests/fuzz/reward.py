@@ -28,7 +28,7 @@ from kleash.reward.model import RawScore, ScoreJob
 from kleash.reward.requests import RewardRequests
 from kleash.reward.v1 import reward_pb2
 from kleash.rpc.errors import InternalError, ServiceError
-from kleash.rpc.interceptors import as_service_error
+from kleash.rpc.guard import as_service_error
 from kleash.rpc.requests import Limits
 from kleash.rpc.wire import check_fields
 from kleash.rpc.work import answer_in_process

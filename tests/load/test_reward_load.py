@@ -15,21 +15,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reward_load.py"
 
 
-def run(part: str, folder: Path) -> dict[str, Any]:
+def run(part: str, folder: Path, *flags: str) -> dict[str, Any]:
     out = folder / "out.json"
-    command = [sys.executable, str(SCRIPT), part, "--quick", "--json", str(out)]
+    command = [sys.executable, str(SCRIPT), part, "--quick", "--json", str(out), *flags]
     subprocess.run(command, check=True, timeout=800)
     return json.loads(out.read_text())["results"][part]
 
 
 def test_overload_is_refused_with_a_hint_and_nothing_else_goes_wrong(tmp_path: Path) -> None:
-    found = run("overload", tmp_path)
+    found = run("overload", tmp_path, "--factor=3")  # more than noise hides
     summary = found["summary"]
     assert summary["shed"] > 0
     assert summary["shed_with_hint_ratio"] == 1.0
     assert summary["other_errors"] == 0
     for counts in found["counts"].values():
-        assert set(counts) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+        assert set(counts) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"}
         assert counts["OK"] > 0
 
 

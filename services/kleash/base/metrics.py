@@ -47,6 +47,11 @@ GRPC_SENT_BYTES = Histogram(
     ["grpc_service", "grpc_method"],
     buckets=_SIZE_BYTES,
 )
+HTTP_REQUESTS = Counter(
+    "kleash_http_requests_total",
+    "Requests on the HTTP port, by path and HTTP status; an unknown path counts as other.",
+    ["path", "status"],
+)
 
 # --- admission, queue, batches ----------------------------------------------------------------
 REQUESTS_REJECTED = Counter(

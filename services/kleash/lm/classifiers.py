@@ -11,15 +11,17 @@ B rows, S positions, L labels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kleash.base.errors import ModelError
 from kleash.lm.heads import position_logits
-from kleash.lm.sequences import PackedBatch
+from kleash.lm.sequences import PackedBatch, TokenSequence, pack, passes
 
 PROBE_LENGTH = 8
 PROBE_CUT = 5
@@ -48,6 +50,18 @@ class Classifier:
         mask_BS = columns < batch.lengths[:, None]
         ids_BS = batch.ids.masked_fill(~mask_BS, self.pad_id)
         return self.model(input_ids=ids_BS, attention_mask=mask_BS.long()).logits.float()
+
+
+@torch.inference_mode()
+def row_logits(classifier: Classifier, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Raw logits of each row of int32 ids, (L,) float32."""
+    device = classifier.model.device
+    results: dict[int, np.ndarray] = {}
+    for group in passes([len(ids) for ids in rows], device):
+        batch = pack([TokenSequence(rows[row], len(rows[row])) for row in group], device)
+        logits_BL = classifier.row_logits(batch).cpu().numpy()
+        results.update(zip(group, logits_BL, strict=True))
+    return [results[row] for row in range(len(rows))]
 
 
 @torch.inference_mode()

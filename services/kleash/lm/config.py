@@ -11,6 +11,7 @@ from kleash.base.config import Config
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Data types of weights that the services compute in."""
+DtypeChoice = Literal[Dtype, "auto"]
 
 
 class PlacedModelConfig(Config):
@@ -18,8 +19,10 @@ class PlacedModelConfig(Config):
 
     name: str = ""
     """Name under which the model is served; empty means the folder's name."""
-    dtype: Dtype = "float32"
-    """Data type of the weights."""
+    dtype: DtypeChoice = "float32"
+    """Data type of the weights; auto means bfloat16 on a GPU that computes in it and on a CPU that
+    is found faster in it when the model is loaded, else float32. Replicas on different machines
+    may find different ones: then name one."""
     device: str = "auto"
     """Torch device ("cpu", "cuda", "cuda:1"); auto means cuda when there is one, else cpu."""
     pad_token: str | None = None

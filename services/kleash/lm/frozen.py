@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,19 @@ from typing import Any
 import torch
 
 from kleash.base.errors import ModelError
-from kleash.lm.config import Dtype, FrozenModelConfig
+from kleash.lm.config import Dtype, DtypeChoice, FrozenModelConfig
 from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
 from kleash.lm.load import check_device, load_tokenizer, max_positions
+
+BATCH_TOLERANCE: dict[Dtype, float] = {"float32": 5e-5, "float16": 0.05, "bfloat16": 0.25}
+"""How far the score of a row alone may be from its score in a batch, for scores within +-10: two to
+five times the most that was seen over 17 kinds of models (docs/decisions.md, 2026-11-25)."""
+
+BFLOAT16_GAIN = 1.5
+"""How much faster a CPU must be in bfloat16 for "auto" to choose it: chips with AMX are several
+times faster, some with AVX512-BF16 alone are slower, and none that was seen is in between."""
+
+TRIAL_ROWS, TRIAL_SIZE, NUM_TRIALS = 512, 512, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +65,7 @@ def load_frozen(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(
         config.model,
         pad_token=config.pad_token,
@@ -65,7 +77,7 @@ def load_frozen(
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     try:
-        model = load(config.model, dtype=config.dtype, device=str(device))
+        model = load(config.model, dtype=dtype, device=str(device))
     except torch.OutOfMemoryError:
         raise ModelError(
             f"the model in {config.model} does not fit into the memory of {device}; "
@@ -87,7 +99,7 @@ def load_frozen(
         revision=model_digest(model),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         chat_template_sha256=chat_template_sha256(tokenizer),
-        dtype=config.dtype,
+        dtype=dtype,
         vocab_size=model.get_input_embeddings().num_embeddings,
         max_item_tokens=max_item_tokens or most,
     )
@@ -98,6 +110,31 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return check_device(name)
+
+
+def choose_dtype(name: DtypeChoice, device: torch.device) -> Dtype:
+    """The data type called ``name``; "auto" is bfloat16 where ``device`` is faster in it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        seconds = {each: _product_s(each) for each in (torch.float32, torch.bfloat16)}
+        is_faster = seconds[torch.bfloat16] * BFLOAT16_GAIN < seconds[torch.float32]
+    return "bfloat16" if is_faster else "float32"
+
+
+@torch.inference_mode()
+def _product_s(dtype: torch.dtype) -> float:
+    """CPU seconds of this thread for a matrix product as large as a batch's; the best of some."""
+    rows = torch.ones(TRIAL_ROWS, TRIAL_SIZE, dtype=dtype)
+    weights = torch.ones(TRIAL_SIZE, TRIAL_SIZE, dtype=dtype)
+    seconds = []
+    for _ in range(NUM_TRIALS):
+        began = time.thread_time()
+        torch.nn.functional.linear(rows, weights)
+        seconds.append(time.thread_time() - began)
+    return min(seconds)
 
 
 def warm_up(

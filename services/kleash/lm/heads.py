@@ -102,9 +102,13 @@ def position_scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def position_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Raw output of the head at every position: (B, S, labels) float32. ids right-padded."""
+    return project(model.score, backbone_hidden(model, ids, use_cache=False))
+
+
+def backbone_hidden(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What the head reads at every position, (B, S, hidden), with ``options`` of the backbone."""
     backbone = getattr(model, model.base_model_prefix)
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    return _project(model.score, hidden)
+    return backbone(input_ids=ids, **options).last_hidden_state
 
 
 def last_token_scores(model: Any, batch: PackedBatch) -> torch.Tensor:
@@ -144,11 +148,12 @@ class ValueModel(torch.nn.Module):
         V_t is read at the position before token t, that is, before the token is emitted.
         """
         hidden = self.backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
-        values = _project(self.head, hidden).squeeze(-1)
+        values = project(self.head, hidden).squeeze(-1)
         return values.gather(1, batch.response_columns(offset=-1)) * batch.response_mask
 
 
-def _project(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+def project(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """A linear head in float32."""
     bias = head.bias.float() if head.bias is not None else None
     # Autocast would take the float32 operands back to bfloat16.
     with torch.autocast(hidden.device.type, enabled=False):

@@ -45,6 +45,7 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
             self._threads,
             service="reference",
             model_name=self._requests.served.name,
+            num_bytes=request.ByteSize(),
         )
         for result in response.results:
             metrics.ITEMS.labels("reference", item_code(result.code)).inc()

@@ -16,12 +16,12 @@ import torch
 
 from kleash.base.errors import ConfigError
 from kleash.common.v1 import common_pb2
-from kleash.lm.classifiers import Classifier, examine
-from kleash.lm.config import FrozenModelConfig
-from kleash.lm.frozen import FrozenModel, load_frozen, warm_up
-from kleash.lm.heads import Normalization, position_logits
+from kleash.lm.classifiers import Classifier, examine, row_logits
+from kleash.lm.config import Dtype, FrozenModelConfig
+from kleash.lm.frozen import BATCH_TOLERANCE, FrozenModel, load_frozen, warm_up
+from kleash.lm.heads import Normalization
 from kleash.lm.load import load_classifier, read_lineage
-from kleash.lm.sequences import TokenSequence, pack
+from kleash.lm.prefix_reuse import PositionLogits
 from kleash.reward.inputs import InputEncoder, InputError, as_messages, input_kind
 from kleash.reward.model import Component, Fault, ModelFacts, RawScore, RewardModel, ScoreJob
 from kleash.reward.v1 import reward_pb2
@@ -48,6 +48,9 @@ class ClassifierModel(RewardModel):
         """
         self.frozen = frozen
         self.classifier = classifier
+        self._position_logits = (
+            PositionLogits.examine(frozen.model) if classifier.is_causal else None
+        )
         self.encoder = InputEncoder(
             frozen.tokenizer,
             ends_with_eos=is_trained_here and classifier.is_causal,
@@ -67,6 +70,7 @@ class ClassifierModel(RewardModel):
                 normalization=Normalization.of(frozen.model.config),
                 supports_token_scores=classifier.is_causal,
                 components=tuple(Component(name, weight) for name, (_, weight) in heads.items()),
+                batch_tolerance=_tolerance(frozen.dtype, heads),
             )
         )
 
@@ -111,17 +115,14 @@ class ClassifierModel(RewardModel):
     @torch.inference_mode()
     def compute(self, jobs: list[ScoreJob]) -> list[RawScore]:
         """Score one batch."""
-        batch = pack(
-            [TokenSequence(job.content, job.num_tokens) for job in jobs], self.frozen.device
-        )
-        if not self.classifier.is_causal:
-            return [self._raw(row) for row in self.classifier.row_logits(batch).cpu().numpy()]
-        logits_BSL = position_logits(self.frozen.model, batch.ids).cpu().numpy()
+        if self._position_logits is None:
+            rows = row_logits(self.classifier, [job.content for job in jobs])
+            return [self._raw(logits_L) for logits_L in rows]
         results = []
-        for job, logits_SL in zip(jobs, logits_BSL, strict=True):
-            length = job.num_tokens
-            token_scores = self._sum(logits_SL[:length]) if job.wants_token_scores else None
-            results.append(self._raw(logits_SL[length - 1], token_scores))
+        logits = self._position_logits.of([job.content for job in jobs])
+        for job, logits_SL in zip(jobs, logits, strict=True):
+            token_scores = self._sum(logits_SL) if job.wants_token_scores else None
+            results.append(self._raw(logits_SL[-1], token_scores))
         return results
 
     def _raw(self, logits_L: np.ndarray, token_scores: np.ndarray | None = None) -> RawScore:
@@ -191,7 +192,12 @@ class ClassifierModel(RewardModel):
         return (_INVALID, fault) if fault else ids
 
     def _score_zeros(self, lengths: list[int]) -> None:
-        self.compute([ScoreJob(np.zeros(length, dtype=np.int32), length) for length in lengths])
+        """Compute rows of ``lengths``, each of them whole, which takes the most memory."""
+        rows = [np.zeros(length, dtype=np.int32) for length in lengths]
+        if self._position_logits is not None:
+            self._position_logits.whole(rows)
+        else:
+            self.compute([ScoreJob(ids, len(ids)) for ids in rows])
 
 
 def _named_heads(
@@ -223,6 +229,11 @@ def _named_heads(
             f"{hint}."
         )
     return {name: (label, weights[name]) for label, name in enumerate(labels) if name in weights}
+
+
+def _tolerance(dtype: Dtype, heads: Mapping[str, tuple[int, float]]) -> float:
+    """Of a sum of heads: each may be off by its own, times its weight."""
+    return BATCH_TOLERANCE[dtype] * (sum(abs(weight) for _, weight in heads.values()) or 1.0)
 
 
 def _revision(weights: str, heads: Mapping[str, tuple[int, float]]) -> str:

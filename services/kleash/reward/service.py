@@ -8,6 +8,7 @@ import grpc
 
 from kleash.reward.admin import RewardAdminServicer
 from kleash.reward.config import RewardConfig
+from kleash.reward.http import API
 from kleash.reward.load import load_models
 from kleash.reward.replace import ModelReplacer
 from kleash.reward.servicer import RewardServicer
@@ -23,6 +24,7 @@ class RewardService:
     """Loads the reward models and answers kleash.reward.v1.RewardService."""
 
     full_names = ("kleash.reward.v1.RewardService", "kleash.reward.v1.RewardAdminService")
+    http_api = API
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config

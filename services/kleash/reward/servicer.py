@@ -42,7 +42,9 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     ) -> reward_pb2.ScoreResponse:
         """Score a batch."""
         model = self._find(request, num_items=len(request.items))
-        response = await self._answer(model, lambda: model.requests.score(request))
+        response = await self._answer(
+            model, lambda: model.requests.score(request), request.ByteSize()
+        )
         _record(model, response.results)
         return response
 
@@ -60,7 +62,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         async def serve(model: ShelvedModel, item: reward_pb2.ScoreItem) -> None:
             try:
                 response = await self._answer_patiently(
-                    model, lambda: model.requests.stream_item(item, options)
+                    model, lambda: model.requests.stream_item(item, options), item.ByteSize()
                 )
                 _record(model, [response.result])
                 async with writing:
@@ -85,7 +87,9 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     ) -> reward_pb2.CompareResponse:
         """Rank candidate responses to one prompt."""
         model = self._find(request, num_items=len(request.responses))
-        response = await self._answer(model, lambda: model.requests.compare(request))
+        response = await self._answer(
+            model, lambda: model.requests.compare(request), request.ByteSize()
+        )
         _record(model, response.results)
         return response
 
@@ -117,7 +121,10 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         return model
 
     async def _answer(
-        self, model: ShelvedModel, begin: Callable[[], Work[ScoreJob, RawScore, A]]
+        self,
+        model: ShelvedModel,
+        begin: Callable[[], Work[ScoreJob, RawScore, A]],
+        num_bytes: int,
     ) -> A:
         return await answer(
             begin,
@@ -125,15 +132,19 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             self._threads,
             service=SERVICE,
             model_name=model.model.facts.name,
+            num_bytes=num_bytes,
         )
 
     async def _answer_patiently(
-        self, model: ShelvedModel, begin: Callable[[], Work[ScoreJob, RawScore, A]]
+        self,
+        model: ShelvedModel,
+        begin: Callable[[], Work[ScoreJob, RawScore, A]],
+        num_bytes: int,
     ) -> A:
         """Wait where a unary call would be refused: a stream is paced by its flow control."""
         while True:
             try:
-                return await self._answer(model, begin)
+                return await self._answer(model, begin, num_bytes)
             except Overloaded as error:
                 if error.retry_after_s is None:
                     raise

@@ -3,9 +3,10 @@
     caller=trainer peer=ipv4:10.0.0.7:40312 method=kleash.reward.v1.RewardService/Score status=OK
     reason=- model=rm revision=sha256:... items=64 tokens=18230 ms=412.7
 
-Names, counts, times and status. What a request holds is never there, unless ``server.audit`` is
-"text": then a line with ``request=`` comes before it. Values that come from outside and are more
-than one plain word are JSON strings in ASCII, so that nobody writes a line of somebody else's.
+Names, counts, times and status; the peer of a call over HTTP begins with "http:". What a request
+holds is never there, unless ``server.audit`` is "text": then a line with ``request=`` comes before
+it. Values that come from outside and are more than one plain word are JSON strings in ASCII, so
+that nobody writes a line of somebody else's.
 """
 
 from __future__ import annotations

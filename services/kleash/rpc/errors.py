@@ -7,6 +7,7 @@ RemoteError
 └── ServiceError             gRPC status          google.rpc detail
     ├── InvalidRequest       INVALID_ARGUMENT     BadRequest: the field's path, "items[3].tokens"
     ├── PreconditionFailed   FAILED_PRECONDITION  ErrorInfo: reason, such as TOKENIZER_MISMATCH
+    │   └── Unimplemented    UNIMPLEMENTED        ErrorInfo
     ├── NotFound             NOT_FOUND            ErrorInfo
     ├── Overloaded           RESOURCE_EXHAUSTED   RetryInfo; trailer grpc-retry-pushback-ms
     ├── Unavailable          UNAVAILABLE          ErrorInfo: LOADING, DRAINING, AUTH_UNAVAILABLE;
@@ -74,6 +75,12 @@ class PreconditionFailed(ServiceError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class Unimplemented(PreconditionFailed):
+    """The server does not offer the method."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
 class NotFound(ServiceError):
     """What the request names does not exist here."""
 
@@ -125,6 +132,7 @@ class InternalError(ServiceError):
 _NAMED: tuple[type[ServiceError], ...] = (
     InvalidRequest,
     PreconditionFailed,
+    Unimplemented,
     NotFound,
     Overloaded,
     Unavailable,
@@ -139,7 +147,6 @@ _CLASSES: dict[grpc.StatusCode, type[ServiceError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.ABORTED: PreconditionFailed,
     grpc.StatusCode.ALREADY_EXISTS: PreconditionFailed,
-    grpc.StatusCode.UNIMPLEMENTED: PreconditionFailed,
 }
 
 

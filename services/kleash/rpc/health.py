@@ -44,6 +44,10 @@ class HealthBoard(health_aio.HealthServicer):
                 self._statuses[name] = status
                 await self.set(name, status)
 
+    def is_serving(self, name: str) -> bool:
+        """Whether the status of a name, as it was shown last, is SERVING."""
+        return self._statuses[name] == SERVING
+
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> None:

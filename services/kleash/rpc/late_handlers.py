@@ -33,3 +33,15 @@ class LateHandlers(grpc.GenericRpcHandler):
         """The handler of a method, when it is registered by now."""
         found = (handler.service(handler_call_details) for handler in self._handlers)
         return next((handler for handler in found if handler is not None), None)
+
+    def find(self, service: str, method: str) -> grpc.RpcMethodHandler | None:
+        """The handler of a method that is named, when it is registered by now."""
+        return self.service(_Details(f"/{service}/{method}"))
+
+
+class _Details(grpc.HandlerCallDetails):
+    """Of a call that no gRPC client has made."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.invocation_metadata = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import prometheus_client
@@ -25,26 +26,50 @@ def bind(
     Raises UserError that names ``key``, the port's in the configuration.
     """
     host = _without_ipv6(host)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
-        raise UserError(
-            f"host '{host}' cannot be resolved; set --server.host to an address of this machine."
-        ) from None
     # gRPC does not tell why a port cannot be bound, and logs a line of its own: ask a socket first.
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise _port_error(error, host, port, key) from None
+    _bound(_addresses(host, port)[0], host, port, key).close()
     try:
         if credentials is not None:
             return server.add_secure_port(join(host, port), credentials)
         return server.add_insecure_port(join(host, port))
     except RuntimeError:
         raise UserError(f"port {port} on {host} is in use; choose another with --{key}.") from None
+
+
+def listen(host: str, port: int, *, key: str) -> list[socket.socket]:
+    """Sockets that are bound to every address of ``host``. Raises UserError that names ``key``."""
+    host = _without_ipv6(host)
+    first, *others = _addresses(host, port)
+    sockets = [_bound(first, host, port, key)]
+    for address in others:
+        try:
+            sockets.append(_bound(address, host, port, key))
+        except UserError:
+            for each in sockets:
+                each.close()
+            raise
+    return sockets
+
+
+def _addresses(host: str, port: int) -> list[Any]:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise UserError(
+            f"host '{host}' cannot be resolved; set --server.host to an address of this machine."
+        ) from None
+
+
+def _bound(address: Any, host: str, port: int, key: str) -> socket.socket:
+    family, kind, protocol, _, place = address
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(place)
+    except OSError as error:
+        bound.close()
+        raise _port_error(error, host, port, key) from None
+    return bound
 
 
 def _without_ipv6(host: str) -> str:

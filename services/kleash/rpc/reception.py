@@ -38,13 +38,22 @@ class Reception:
 
     async def request(self, raw: Any, context: Any) -> Any:
         """What the handler gets: the request, or an iterator of them. Raises ServiceError."""
+        self.admit(context)
+        return self._requests(raw) if self.is_streaming else await self._parsed(raw)
+
+    def admit(self, context: Any) -> None:
+        """Let a call in. Raises ServiceError for one that may not be made, or not now."""
         self.check(context)
         try:
             self.quotas.begin(caller(), context.invocation_metadata() or ())
         except Overloaded:
             metrics.REQUESTS_REJECTED.labels(self.service, "quota").inc()
             raise
-        return self._requests(raw) if self.is_streaming else await self._parsed(raw)
+
+    def note_text(self, request: Any) -> None:
+        """Write what a request holds, where the operator wants it."""
+        if self.audits_text and self.descriptor is not None:
+            audit.record_text(caller=caller(), method=self.method, request=request)
 
     async def _requests(self, stream: AsyncIterable[bytes]) -> AsyncIterator[Any]:
         async for raw in stream:
@@ -58,8 +67,7 @@ class Reception:
                 metrics.REQUESTS_REJECTED.labels(self.service, "too_large").inc()
                 raise
         request = self.parse(raw)
-        if self.audits_text and self.descriptor is not None:
-            audit.record_text(caller=caller(), method=self.method, request=request)
+        self.note_text(request)
         return request
 
 

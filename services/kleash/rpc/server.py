@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 import pydantic
@@ -26,6 +26,7 @@ from kleash.base.config import Config
 from kleash.base.ending import end_at_once
 from kleash.rpc.audit import AuditMode, Audits
 from kleash.rpc.auth import AuthConfig, Gate, warn_about_plain_tokens
+from kleash.rpc.guard import Guards
 from kleash.rpc.health import HEALTH_SERVICE, HealthBoard
 from kleash.rpc.interceptors import CallInterceptor
 from kleash.rpc.late_handlers import LateHandlers
@@ -33,6 +34,9 @@ from kleash.rpc.ports import bind, join, serve_metrics
 from kleash.rpc.quota import DEFAULT_QUOTAS, QuotaConfig, Quotas
 from kleash.rpc.service import Service
 from kleash.rpc.tls import TlsConfig, server_credentials
+
+if TYPE_CHECKING:
+    from kleash.rpc.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +67,18 @@ class ServerConfig(Config):
     other server fails meanwhile."""
     drain_grace_s: float = pydantic.Field(default=30.0, ge=0)
     """Seconds that running calls have to end after that."""
+    http_port: int = pydantic.Field(default=0, ge=0, lt=65536)
+    """Port for HTTP with JSON, with the rules of the gRPC port; 0 for none."""
+    http_allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call the HTTP port, as browsers name them ("https://app.example"); *
+    for all. Empty for none."""
     max_request_s: float = pydantic.Field(default=600.0, gt=0)
     """Longest time for one call, whatever its deadline."""
     max_message_bytes: int = pydantic.Field(default=64 * 1024 * 1024, ge=1024)
-    """Largest message, received or sent."""
+    """Largest message, received or sent; of HTTP, largest body, or line of a stream."""
     reflection: bool = True
-    """Whether clients such as grpcurl can list the services."""
+    """Whether clients such as grpcurl can list the services, and /openapi.json and /docs tell the
+    paths of the HTTP port."""
     max_concurrent_streams: int = pydantic.Field(default=256, ge=1)
     """Calls at a time on one connection; bounds the memory for requests that wait to be read."""
     max_connection_age_s: float = pydantic.Field(default=120.0, gt=0)
@@ -76,9 +86,9 @@ class ServerConfig(Config):
     liveness_limit_s: float = pydantic.Field(default=300.0, gt=0)
     """Seconds without a sign of life from a busy model thread until "liveness" is NOT_SERVING."""
     tls: TlsConfig = TlsConfig()
-    """Certificates of the gRPC port."""
+    """Certificates of the gRPC and the HTTP port."""
     auth: AuthConfig = AuthConfig()
-    """Who may call the gRPC port."""
+    """Who may call the gRPC and the HTTP port."""
     quotas: tuple[QuotaConfig, ...] = DEFAULT_QUOTAS
     """What each caller may take, and who goes first where calls wait."""
     audit: AuditMode = "auto"
@@ -86,11 +96,13 @@ class ServerConfig(Config):
     requests hold, too; "off" for none; "auto" for "calls" unless auth.mode is none."""
 
     @pydantic.model_validator(mode="after")
-    def _check_auth(self) -> Self:
+    def _check(self) -> Self:
         if self.auth.mode == "mtls" and self.tls.client_ca is None:
             raise ValueError(
                 "auth.mode mtls needs tls.client_ca, which signs callers' certificates"
             )
+        if self.http_allowed_origins and not self.http_port:
+            raise ValueError("http_allowed_origins has no effect without http_port")
         return self
 
 
@@ -162,6 +174,7 @@ class _Host:
         self._health = HealthBoard(self._names)
         self._handlers = LateHandlers()
         self._is_draining = False
+        self._gateway: Gateway | None = None
         self._started: list[Service] = []
         self._drain_end = 0.0
 
@@ -171,6 +184,7 @@ class _Host:
             gate = Gate(self._config.auth)
             cleanup.callback(gate.close)
             server, port = self._bind_main(gate)
+            self._gateway = self._bind_gateway(cleanup)
             # Leaving runs these from the last to the first: probes see NOT_SERVING to the end.
             self._bind_probes(cleanup)
             page = serve_metrics(self._config.host, self._config.metrics_port)
@@ -179,6 +193,8 @@ class _Host:
             cleanup.push_async_callback(self._stop_services)
             cleanup.push_async_callback(self._stop_server, server)
             await server.start()
+            if self._gateway is not None:
+                await self._gateway.start()
             if self._probes is not None:
                 await self._probes.start()
             if not await self._load(stop):
@@ -193,25 +209,33 @@ class _Host:
             logger.info("draining: at most %g s for running calls", self._config.drain_grace_s)
             await asyncio.sleep(self._config.drain_announce_s)
             self._is_draining = True
+            if self._gateway is not None:
+                self._gateway.drain()
             await self._show_health()
             await asyncio.sleep(self._config.drain_delay_s)
 
     async def _stop_server(self, server: grpc.aio.Server) -> None:
         self._health.end_watches()
-        self._drain_end = asyncio.get_running_loop().time() + self._config.drain_grace_s
-        await server.stop(self._config.drain_grace_s)
+        grace_s = self._config.drain_grace_s
+        self._drain_end = asyncio.get_running_loop().time() + grace_s
+        stopping = [server.stop(grace_s)]
+        if self._gateway is not None:
+            stopping.append(self._gateway.stop(grace_s))
+        await asyncio.gather(*stopping)
 
     def _bind_main(self, gate: Gate) -> tuple[grpc.aio.Server, int]:
         config = self._config
         warn_about_plain_tokens(config.auth, has_tls=config.tls.is_on, host=config.host)
-        self._interceptor = CallInterceptor(
+        self._guards = Guards(
             self._names,
             gate,
             quotas=Quotas(config.quotas, trusts_claims=not gate.is_on),
             audits=Audits.of(config.audit, knows_callers=gate.is_on),
             max_request_s=config.max_request_s,
         )
-        server = grpc.aio.server(interceptors=[self._interceptor], options=_server_options(config))
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(self._guards)], options=_server_options(config)
+        )
         self._health.register(server)
         server.add_generic_rpc_handlers((self._handlers,))
         if config.reflection:
@@ -220,6 +244,17 @@ class _Host:
             )
         credentials = server_credentials(config.tls)
         return server, bind(server, config.host, config.port, credentials, key="server.port")
+
+    def _bind_gateway(self, cleanup: contextlib.AsyncExitStack) -> Gateway | None:
+        if not self._config.http_port:
+            return None
+        from kleash.rpc.gateway import open_gateway  # the laptop's part of Kleash has no aiohttp
+
+        gateway = open_gateway(
+            self._services, self._config, self._guards, self._handlers, self._health.is_serving
+        )
+        cleanup.callback(gateway.close)
+        return gateway
 
     def _bind_probes(self, cleanup: contextlib.AsyncExitStack) -> None:
         self._probes: grpc.aio.Server | None = None
@@ -244,7 +279,7 @@ class _Host:
             service.register(self._handlers.as_server())
             await service.start()
             self._started.append(service)
-            self._interceptor.mark_loaded(service.full_names)
+            self._guards.mark_loaded(service.full_names)
             label = service.full_names[0].split(".")[1]
             metrics.MODEL_LOADED.labels(label).set(1)
             metrics.MODEL_LOAD_SECONDS.labels(label).set(time.monotonic() - began)

@@ -8,7 +8,10 @@ import grpc
 
 
 class Service(Protocol):
-    """A hosted service. One object may answer for several gRPC services that share a model."""
+    """A hosted service. One object may answer for several gRPC services that share a model.
+
+    One that is to be served over HTTP, too, has ``http_api``: kleash.rpc.http_api.HasHttpApi.
+    """
 
     @property
     def full_names(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """One request to a frozen model, in three parts: begin (decode, check), compute, finish (encode).
 
-           answer():  begin ──► batcher (queue) ──► finish    begin and finish in a thread,
-                                                              off the server's event loop
+           answer():  begin ──► batcher (queue) ──► finish    begin and finish in a thread, off the
+                                                              server's event loop, unless the
+                                                              request is tiny
 answer_in_process():  begin ──► batches ──────────► finish    all in the calling thread
 """
 
@@ -22,6 +23,10 @@ from kleash.rpc.batcher import Batcher
 from kleash.rpc.batching import choose_batch
 from kleash.rpc.errors import ServiceError
 from kleash.rpc.requests import TOKENIZER_MISMATCH, TOO_LARGE
+
+TINY_BYTES = 2048
+"""Requests of at most so many are begun and finished on the event loop: that takes some tenths of a
+millisecond, and to hand them to a thread and back takes as long, of the loop alone."""
 
 _REJECTIONS = {TOO_LARGE: "too_large", TOKENIZER_MISMATCH: "tokenizer"}
 """Reasons of errors as the metric of refused requests names them."""
@@ -51,13 +56,18 @@ async def answer(
     *,
     service: str,
     model_name: str,
+    num_bytes: int,
 ) -> A:
-    """Run a request through the batcher; ``service`` and ``model_name`` label the metrics."""
+    """Run a request of ``num_bytes`` through the batcher; the names label the metrics."""
+    is_tiny = num_bytes <= TINY_BYTES
     loop = asyncio.get_running_loop()
     began = time.perf_counter_ns()
     try:
-        # With the call's context, which holds its deadline.
-        work = await loop.run_in_executor(threads, contextvars.copy_context().run, begin)
+        if is_tiny:
+            work = begin()
+        else:
+            # With the call's context, which holds its deadline.
+            work = await loop.run_in_executor(threads, contextvars.copy_context().run, begin)
     except ServiceError as error:
         count_rejection(service, error)
         raise
@@ -67,6 +77,8 @@ async def answer(
     audit.note(num_tokens=usage.tokens)
     timing = await batcher.submit(work.jobs, isolate=work.isolate)
     usage.queue_ns, usage.compute_ns = timing.queue_ns, timing.compute_ns
+    if is_tiny:
+        return work.finish(timing.results, usage)
     return await loop.run_in_executor(threads, work.finish, timing.results, usage)
 
 

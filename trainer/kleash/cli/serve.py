@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 from collections.abc import Sequence
 
@@ -37,8 +38,15 @@ def run(arguments: Sequence[str]) -> int:
             )
         module = importlib.import_module(f"kleash.{name}.service")
         services.append(getattr(module, f"{name.capitalize()}Service")(section))
-    asyncio.run(serve(services, config.server))
+    asyncio.run(serve(services, config.server, on_ready=_freeze))
     return 0
+
+
+def _freeze(_port: int) -> None:
+    """Spare the garbage collector what was loaded: hundreds of thousands of objects that stay and
+    that it would look through again and again, while every call waits."""
+    gc.collect()
+    gc.freeze()
 
 
 def _with_section(argument: str, names: Sequence[str]) -> str:
