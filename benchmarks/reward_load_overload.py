@@ -23,7 +23,7 @@ CONNECTIONS = 16
 """Of each kind of caller. On one a server takes ``max_concurrent_streams`` calls, late ones that it
 has not ended yet included, and refuses the next as a stream, before it knows whose they are."""
 LATE = ("DEADLINE_EXCEEDED", "CANCELLED")
-"""What a caller sees of a deadline that is over, by its own clock or a moment before the server's."""
+"""What a caller sees of a deadline that is over: of its own clock, or of the server just before."""
 
 WINDOW_S = 10.0
 """After which the capacity is looked at again."""
