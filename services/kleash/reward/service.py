@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import grpc
 
 from kleash.reward.admin import RewardAdminServicer
@@ -12,12 +10,9 @@ from kleash.reward.http import API
 from kleash.reward.load import load_models
 from kleash.reward.replace import ModelReplacer
 from kleash.reward.servicer import RewardServicer
-from kleash.reward.shelf import ModelShelf
+from kleash.reward.shelf import SERVICE, ModelShelf
 from kleash.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
-
-# Tokenizers and numpy release the interpreter lock; a second thread keeps a large text from
-# holding up the requests behind it.
-NUM_REQUEST_THREADS = 2
+from kleash.rpc.work import request_threads
 
 
 class RewardService:
@@ -28,7 +23,7 @@ class RewardService:
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config
-        self._threads = ThreadPoolExecutor(NUM_REQUEST_THREADS, "kleash-reward-requests")
+        self._threads = request_threads(SERVICE)
         self._shelf: ModelShelf | None = None
         self._replacer: ModelReplacer | None = None
         self._is_started = False

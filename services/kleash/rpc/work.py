@@ -12,7 +12,7 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -27,6 +27,10 @@ from kleash.rpc.requests import TOKENIZER_MISMATCH, TOO_LARGE
 TINY_BYTES = 2048
 """Requests of at most so many are begun and finished on the event loop: that takes some tenths of a
 millisecond, and to hand them to a thread and back takes as long, of the loop alone."""
+
+# Tokenizers and numpy release the interpreter lock; a second thread keeps a large text from
+# holding up the requests behind it.
+NUM_REQUEST_THREADS = 2
 
 _REJECTIONS = {TOO_LARGE: "too_large", TOKENIZER_MISMATCH: "tokenizer"}
 """Reasons of errors as the metric of refused requests names them."""
@@ -47,6 +51,11 @@ class Work(Generic[J, R, A]):
     """Compute in forward passes of their own."""
     finish: Callable[[list[R], common_pb2.Usage], A]
     """The response, from one result per job and what the call took."""
+
+
+def request_threads(service: str) -> ThreadPoolExecutor:
+    """Where the requests of a service are begun and finished, off its server's event loop."""
+    return ThreadPoolExecutor(NUM_REQUEST_THREADS, f"kleash-{service}-requests")
 
 
 async def answer(
