@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Sequence
 
-from kleash.base.errors import ConfigError
-from kleash.cli.options import wants_help
+from kleash.cli.flags import Action, Parser, run_action
 from kleash.cli.output import show
 from kleash.client.reward import RewardClient
 from kleash.client.reward_admin import RewardAdminClient
@@ -15,19 +13,7 @@ from kleash.client.reward_admin import RewardAdminClient
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the first argument names."""
-    name = arguments[0] if arguments else ""
-    if name in ACTIONS:
-        parser = _parser(name)
-        if wants_help(arguments):
-            show(parser.format_help().rstrip())
-        else:
-            ACTIONS[name].function(parser.parse_args(arguments[1:]))
-        return 0
-    if wants_help(arguments):
-        show(_help())
-        return 0
-    seen = f"'{name}' is none of them" if name else "nothing is named"
-    raise ConfigError(f"kleash model does one of {', '.join(ACTIONS)}, and {seen}.")
+    return run_action("kleash model", ACTIONS, arguments, parser_of=_parser, help_text=_help)
 
 
 def _list(flags: argparse.Namespace) -> None:
@@ -50,26 +36,16 @@ def _unload(flags: argparse.Namespace) -> None:
         client.unload_revision(flags.revision, model=flags.model)
 
 
-class _Action(NamedTuple):
-    function: Callable[[argparse.Namespace], None]
-    summary: str
-
-
 ACTIONS = {
-    "list": _Action(_list, "names and revisions of the served models, the default one first"),
-    "load": _Action(_load, "a folder on the server beside what it serves, and switch to it"),
-    "unload": _Action(_unload, "give back the memory of the revision before the newest"),
+    "list": Action(_list, "names and revisions of the served models, the default one first"),
+    "load": Action(_load, "a folder on the server beside what it serves, and switch to it"),
+    "unload": Action(_unload, "give back the memory of the revision before the newest"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help lists the flags.")
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
     description = ACTIONS[name].summary
-    parser = _Parser(f"kleash model {name}", description=description, allow_abbrev=False)
+    parser = Parser(f"kleash model {name}", description=description, allow_abbrev=False)
     parser.add_argument("address", metavar="HOST:PORT", help="of one replica of a reward service")
     if name == "load":
         help_ = "model folder, a path on the server inside of its reward.model_folders"

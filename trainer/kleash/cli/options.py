@@ -8,14 +8,10 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from kleash.base.config import Config, describe_config, load_config
+from kleash.cli.flags import wants_help
 from kleash.cli.output import show
 
 C = TypeVar("C", bound=Config)
-
-
-def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether --help is among the arguments."""
-    return any(argument in ("-h", "--help") for argument in arguments)
 
 
 def parse(config_class: type[C], arguments: Sequence[str], *, usage: str) -> C | None:

@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kleash.base.errors import ConfigError
+from kleash.cli.flags import Parser
 from kleash.client.reward import Truncation
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -97,11 +98,6 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help lists the flags.")
-
-
 def _boolean(text: str) -> bool:
     if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
@@ -109,7 +105,7 @@ def _boolean(text: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "kleash score",
         description=(
             "Rewards of the lines of a file from a reward service, as JSON Lines in the same "

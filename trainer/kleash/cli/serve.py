@@ -8,7 +8,8 @@ import importlib
 from collections.abc import Sequence
 
 from kleash.base.errors import ConfigError
-from kleash.cli.options import parse, wants_help
+from kleash.cli.flags import wants_help
+from kleash.cli.options import parse
 
 
 def run(arguments: Sequence[str]) -> int:

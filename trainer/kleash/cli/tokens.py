@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NoReturn
 
 from kleash.base.errors import ConfigError
-from kleash.cli.options import wants_help
+from kleash.cli.flags import Parser, wants_help
 from kleash.cli.output import show
 from kleash.rpc.static_tokens import make_token
 
@@ -49,13 +47,8 @@ def _append(path: Path, line: str) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}.") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help lists the flags.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         "kleash token",
         description=(
             "Make a token for one caller of servers with --server.auth.mode=token, and the line "

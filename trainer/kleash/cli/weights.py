@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from kleash.base.errors import ConfigError, KleashError
-from kleash.cli.options import wants_help
+from kleash.cli.flags import Action, Parser, run_action
 from kleash.cli.output import show
 from kleash.cli.weights_text import counts, human_bytes, pairs, ratio_text, size_cells, table
 from kleash.cli.weights_verify import (
@@ -44,19 +44,7 @@ NUM_TENSORS = 20
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the first argument names. Raises KleashError when a verification fails."""
-    name = arguments[0] if arguments else ""
-    if name in ACTIONS:
-        action, parser = ACTIONS[name], _parser(name)
-        if wants_help(arguments):
-            show(parser.format_help().rstrip())
-        else:
-            action.function(parser.parse_args(arguments[1:]))
-        return 0
-    if wants_help(arguments):
-        show(_help())
-        return 0
-    seen = f"'{name}' is none of them" if name else "nothing is named"
-    raise ConfigError(f"kleash weights does one of {', '.join(ACTIONS)}, and {seen}.")
+    return run_action("kleash weights", ACTIONS, arguments, parser_of=_parser, help_text=_help)
 
 
 # ----------------------------------------------------------------------------------------- inspect
@@ -343,13 +331,6 @@ def _digest_of(target: str) -> str:
 # --------------------------------------------------------------------------------- flags and text
 
 
-class Action(NamedTuple):
-    """What ``kleash weights`` can do."""
-
-    function: Callable[[argparse.Namespace], None]
-    summary: str
-
-
 ACTIONS = {
     "inspect": Action(_inspect, "what a replica serves, or what a version is made of"),
     "history": Action(_history, "every version of a store and what became of it"),
@@ -357,13 +338,8 @@ ACTIONS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help lists the flags.")
-
-
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         f"kleash weights {name}", description=ACTIONS[name].summary + ".", allow_abbrev=False
     )
     parser.add_argument("target", metavar="TARGET", help=TARGET)
