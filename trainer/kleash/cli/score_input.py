@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from kleash.base.errors import ConfigError, DataError
+from kleash.base.json_kinds import json_kind
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 """More than the service takes of one input; a longer line is a bad one and is not kept."""
@@ -93,7 +94,7 @@ def parse_json(line: Line) -> Entry | None:
     except (ValueError, RecursionError) as error:
         raise line.error(f"is not valid JSON ({error}); write one object a line.") from None
     if not isinstance(fields, dict):
-        raise line.error(f"is {_kind(fields)}, not an object; write one object a line.")
+        raise line.error(f"is {json_kind(fields)}, not an object; write one object a line.")
     return _entry(line, fields)
 
 
@@ -134,7 +135,7 @@ def _entry(line: Line, fields: Mapping[str, Any]) -> Entry:
         )
     label = fields.get("id")
     if isinstance(label, bool) or not isinstance(label, str | int | float | None):
-        raise line.error(f"must be text or a number, not {_kind(label)}.", "id")
+        raise line.error(f"must be text or a number, not {json_kind(label)}.", "id")
     match kinds[0]:
         case "text":
             return Entry(line, label, _text(line, fields["text"], "text"))
@@ -158,21 +159,21 @@ def _prompt(line: Line, fields: Mapping[str, Any]) -> Messages:
 
 def _responses(line: Line, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
-        seen = f"{len(value)}" if isinstance(value, list) else _kind(value)
+        seen = f"{len(value)}" if isinstance(value, list) else json_kind(value)
         raise line.error(f"must be a list of at least two texts, not {seen}.", "responses")
     return tuple(_text(line, each, f"responses[{n}]") for n, each in enumerate(value))
 
 
 def _messages(line: Line, value: Any, field: str) -> Messages:
     if not isinstance(value, list) or not value:
-        kind = "an empty list" if value == [] else _kind(value)
+        kind = "an empty list" if value == [] else json_kind(value)
         raise line.error(f"must be a list of messages, not {kind}.", field)
     messages = []
     for number, message in enumerate(value):
         place = f"{field}[{number}]"
         if not isinstance(message, dict):
             raise line.error(
-                f'must be a message {{"role", "content"}}, not {_kind(message)}.', place
+                f'must be a message {{"role", "content"}}, not {json_kind(message)}.', place
             )
         messages.append(
             {key: _text(line, message.get(key), f"{place}.{key}") for key in ("role", "content")}
@@ -182,7 +183,7 @@ def _messages(line: Line, value: Any, field: str) -> Messages:
 
 def _text(line: Line, value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise line.error(f"must be text, not {_kind(value)}.", field)
+        raise line.error(f"must be text, not {json_kind(value)}.", field)
     if not value:
         raise line.error("is empty.", field)
     try:
@@ -190,16 +191,3 @@ def _text(line: Line, value: Any, field: str) -> str:
     except UnicodeEncodeError:
         raise line.error("has half of a surrogate pair, which is not text.", field) from None
     return value
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kleash.base.errors import DataError
+from kleash.base.json_kinds import json_kind
 from kleash.data.chat import ROLES, Message, Prompt
 from kleash.data.jsonl import Record
 
@@ -52,7 +53,7 @@ def check_one_form(record: Record, prompt: Prompt, value: Any, field: str) -> No
 def conversation(record: Record, value: Any, field: str) -> list[Message]:
     """A list of messages with known roles and text; a system message comes first."""
     if not isinstance(value, list):
-        raise record.error(f"must be text or a list of messages, not {_kind(value)}.", field)
+        raise record.error(f"must be text or a list of messages, not {json_kind(value)}.", field)
     if not value:
         raise record.error("has no messages.", field)
     messages = []
@@ -60,7 +61,7 @@ def conversation(record: Record, value: Any, field: str) -> list[Message]:
         where = f"{field}[{number}]"
         if not isinstance(message, dict):
             raise record.error(
-                f'must be a message {{"role", "content"}}, not {_kind(message)}.', where
+                f'must be a message {{"role", "content"}}, not {json_kind(message)}.', where
             )
         role = message.get("role")
         if role not in ROLES:
@@ -77,7 +78,7 @@ def conversation(record: Record, value: Any, field: str) -> list[Message]:
 def text(record: Record, value: Any, field: str) -> str:
     """Text that is not blank and can be written as UTF-8."""
     if not isinstance(value, str):
-        raise record.error(f"must be text, not {_kind(value)}.", field)
+        raise record.error(f"must be text, not {json_kind(value)}.", field)
     if not value.strip():
         raise record.error("is empty.", field)
     try:
@@ -101,7 +102,7 @@ def label(record: Record, field: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise record.error(f"must be text or a whole number, not {_kind(value)}.", field)
+        raise record.error(f"must be text or a whole number, not {json_kind(value)}.", field)
     return str(value)
 
 
@@ -109,7 +110,7 @@ def margin(record: Record) -> float:
     """How much better the chosen response is, 0 without the field."""
     value = record.fields.get("margin", 0.0)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise record.error(f"must be a number, not {_kind(value)}.", "margin")
+        raise record.error(f"must be a number, not {json_kind(value)}.", "margin")
     if not math.isfinite(value) or value < 0:
         raise record.error(f"is {value}; it must be finite and not negative.", "margin")
     return float(value)
@@ -136,16 +137,3 @@ def check_length(
             "shorten it, raise the limit or leave it out with --skip_bad=true.",
             field,
         )
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
