@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from kleash.rpc.errors import (
     Cancelled,
@@ -13,6 +14,8 @@ from kleash.rpc.errors import (
     ServiceError,
     Unavailable,
 )
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,16 @@ class Patience:
         """Something worked: the next failure gets the full patience."""
         self._deadline = time.monotonic() + self._seconds
         self._pause_s = FIRST_PAUSE_S
+
+    def until_answered(self, ask: Callable[[], T]) -> T:
+        """``ask`` until the service is there; raises what another attempt would not cure."""
+        while True:
+            try:
+                return ask()
+            except ServiceError as error:
+                if not is_curable(error):
+                    raise
+                self.wait_after(error)
 
     def wait_after(self, error: ServiceError) -> None:
         """Sleep before the next attempt; raises ``error`` when the time is up or nobody waits."""

@@ -86,13 +86,7 @@ class Scoring:
     def begin_step(self) -> None:
         """Choose the step's reward model. Blocks until the service tells which one it serves."""
         patience = Patience(self.config.services.wait_s, self.is_over.is_set)
-        while True:
-            try:
-                return self.pin.begin_step()
-            except ServiceError as error:
-                if not is_curable(error):
-                    raise
-                patience.wait_after(error)
+        patience.until_answered(self.pin.begin_step)
 
     def submit(self, rows: list[Finished]) -> Group:
         """Send a group to both services."""
@@ -107,14 +101,7 @@ class Scoring:
     def check_reference(self) -> None:
         """Log-probs do not name the model they come from; a replaced service tells here."""
         patience = Patience(self.config.services.wait_s, self.is_over.is_set)
-        while True:
-            try:
-                revision = self.services.reference.get_model().model.revision
-                break
-            except ServiceError as error:
-                if not is_curable(error):
-                    raise
-                patience.wait_after(error)
+        revision = patience.until_answered(self.services.reference.get_model).model.revision
         if revision != self.reference_revision:
             raise RolloutError(
                 f"the reference service serves {revision}, and the run began with "
