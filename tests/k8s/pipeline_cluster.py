@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.k8s.api_server import ApiServer
 from tests.k8s.controllers import Controllers
 
@@ -149,6 +150,19 @@ class Cluster:
             "sleep": lambda _: self.controllers.step(),
         }
         return Driver(**{**arguments, **changes})
+
+    def begin_and_die(self, condition: Callable[[], bool]) -> None:
+        """The record of a new run, whose first caller dies once something is so."""
+        driver = self.begin()
+
+        def die() -> None:
+            if condition():
+                raise Crash
+
+        self.controllers.on_step = die
+        with pytest.raises(Crash):
+            driver.run()
+        self.controllers.on_step = lambda: None
 
     def record(self, run_id: str = "alpha") -> RunRecord:
         return require_run(self.objects, run_id)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kubernetes.client import ApiException
-from tests.k8s.pipeline_cluster import Cluster, Crash
+from tests.k8s.pipeline_cluster import Cluster
 from urllib3.exceptions import ProtocolError
 
 from kleash.cluster import run_logs
@@ -79,17 +79,12 @@ class Follower:
 def follower(cluster: Cluster) -> Follower:
     cluster.controllers.script = {"sft": ["hang"]}
     cluster.controllers.lines["sft"] = ["one"]
-    driver = cluster.begin()
 
-    def die_in_sft() -> None:
+    def is_in_sft() -> bool:
         pods = cluster.objects.find(POD)
-        if [pod for pod in pods if "sft" in name_of(pod) and pod["status"]["phase"] == "Running"]:
-            raise Crash
+        return any("sft" in name_of(pod) and pod["status"]["phase"] == "Running" for pod in pods)
 
-    cluster.controllers.on_step = die_in_sft
-    with pytest.raises(Crash):
-        driver.run()
-    cluster.controllers.on_step = lambda: None
+    cluster.begin_and_die(is_in_sft)
     return Follower(cluster)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kubernetes.client import ApiException
-from tests.k8s.pipeline_cluster import JOB_STAGES, Cluster, Crash
+from tests.k8s.pipeline_cluster import JOB_STAGES, Cluster
 from urllib3.exceptions import ProtocolError
 
 from kleash.cluster import pipeline
@@ -84,16 +84,7 @@ def test_an_outage_that_lasts_ends_with_what_was_asked(
 def a_running_job(cluster: Cluster) -> None:
     """The run is in SFT, whose pod goes on for ever, and its caller has died."""
     cluster.controllers.script = {"sft": ["hang"]}
-    driver = cluster.begin()
-
-    def die_in_sft() -> None:
-        if "sft" in cluster.controllers.created:
-            raise Crash
-
-    cluster.controllers.on_step = die_in_sft
-    with pytest.raises(Crash):
-        driver.run()
-    cluster.controllers.on_step = lambda: None
+    cluster.begin_and_die(lambda: "sft" in cluster.controllers.created)
 
 
 def is_suspended(cluster: Cluster) -> bool:

@@ -330,16 +330,7 @@ def test_status_tells_what_can_be_done(cluster: Cluster) -> None:
 
 def test_cancel_sees_what_ended_while_nobody_looked(cluster: Cluster) -> None:
     """SFT wrote its model and the caller was gone: taken up again, SFT must not run again."""
-    driver = cluster.begin()
-
-    def die_in_sft() -> None:
-        if "sft" in cluster.controllers.created:
-            raise Crash
-
-    cluster.controllers.on_step = die_in_sft
-    with pytest.raises(Crash):
-        driver.run()
-    cluster.controllers.on_step = lambda: None
+    cluster.begin_and_die(lambda: "sft" in cluster.controllers.created)
     for _ in range(3):
         cluster.controllers.step()
     assert cluster.record().of("sft").state is StageState.RUNNING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.k8s.pipeline_cluster import JOB_STAGES, Cluster, Crash
+from tests.k8s.pipeline_cluster import JOB_STAGES, Cluster
 
 from kleash.base.errors import UserError
 from kleash.cluster.run_record import RunState, StageState
@@ -42,16 +42,7 @@ def test_a_trainer_that_was_told_to_stop_is_not_complete(cluster: Cluster) -> No
 
 def test_a_stop_while_no_caller_looks_is_seen_by_the_next(cluster: Cluster) -> None:
     cluster.controllers.lines["ppo"] = [STOP_LINE]
-    driver = cluster.begin()
-
-    def die_in_ppo() -> None:
-        if "ppo" in cluster.controllers.created:
-            raise Crash
-
-    cluster.controllers.on_step = die_in_ppo
-    with pytest.raises(Crash):
-        driver.run()
-    cluster.controllers.on_step = lambda: None
+    cluster.begin_and_die(lambda: "ppo" in cluster.controllers.created)
     for _ in range(3):
         cluster.controllers.step()
     (row,) = list_runs(cluster.objects, [cluster.record()])

@@ -18,13 +18,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from tests.services.doubler import free_port
+
+from kleash.rpc import token_review
+from kleash.rpc.static_tokens import make_token
 
 LOOPBACK = (x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
 DAY = timedelta(days=1)
+TRAINER = "system:serviceaccount:rlhf:trainer"
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,79 @@ class TokenReviewer:
                 """Stay silent."""
 
         return Handler
+
+
+@contextmanager
+def in_cluster(
+    authority: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TokenReviewer]:
+    """A pod beside an API server."""
+    reviewer = TokenReviewer(free_port())
+    (folder / "token").write_text(reviewer.own_token + "\n")
+    (folder / "ca.crt").write_bytes(authority.ca.read_bytes())
+    monkeypatch.setattr(token_review, "SERVICE_ACCOUNT", folder)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(reviewer.port))
+    with listening(reviewer, authority.issue("api-server", *LOOPBACK)):
+        yield reviewer
+
+
+def keys_by_kind(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A file of keys, and tokens by kind."""
+    right, first_line = make_token("trainer")
+    other, second_line = make_token("guest")
+    expired, third_line = make_token("trainer", datetime.now(UTC) - timedelta(hours=1))
+    keys = folder / "keys"
+    keys.write_text(f"# callers\n{first_line}\n\n{second_line}  # not allowed\n{third_line}\n")
+    wrong = make_token("trainer")[0]
+    return keys, {
+        "right": right,
+        "wrong": wrong,
+        "absent": "",
+        "expired": expired,
+        "other": other,
+    }
+
+
+def accounts_by_kind(reviewer: TokenReviewer) -> dict[str, str]:
+    """Tokens of ServiceAccounts by kind."""
+    right = reviewer.token("rlhf:trainer")
+    return {
+        "right": right,
+        "wrong": right[:-3] + "AAA",
+        "absent": "",
+        "expired": reviewer.token("rlhf:trainer", ends_in_s=-5),
+        "other": reviewer.token("rlhf:guest"),
+    }
+
+
+def pairs_by_kind(authority: Authority, stranger: Authority) -> dict[str, Pair | None]:
+    """Certificates of callers by kind."""
+    name = x509.DNSName("trainer.rlhf.svc")
+    return {
+        "right": authority.issue("right", x509.DNSName("second.name"), name),
+        "wrong": stranger.issue("wrong", name),
+        "absent": None,
+        "expired": authority.issue("expired", name, is_expired=True),
+        "other": authority.issue("other", x509.DNSName("guest.rlhf.svc")),
+    }
+
+
+def server_settings(authority: Authority, keys: Path) -> dict[str, dict[str, Any]]:
+    """Keys of ServerConfig by mode, with and without TLS; the trainer is let in, and no guest."""
+    server = authority.issue("server", *LOOPBACK)
+    tls = {"cert": server.cert, "key": server.key}
+    allowed = {"allowed_callers": ("trainer", f"{TRAINER[:-3]}*", "trainer.rlhf.svc")}
+    static = {"mode": "token", "tokens_file": keys, **allowed}
+    account = {"mode": "service_account", "audience": "kleash", **allowed}
+    return {
+        "none": {},
+        "tls": {"tls": tls},
+        "token": {"auth": static},
+        "token with tls": {"tls": tls, "auth": static},
+        "service_account": {"auth": account},
+        "mtls": {"tls": {**tls, "client_ca": authority.ca}, "auth": {"mode": "mtls", **allowed}},
+    }
 
 
 def _encode(text: str) -> str:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from tests.services.authority import LOOPBACK, Authority, TokenReviewer, listening
-from tests.services.doubler import CALL_S, free_port
+from tests.services.authority import LOOPBACK, Authority, TokenReviewer, in_cluster
+from tests.services.doubler import CALL_S
 
 from kleash.client.reward import RewardClient
 from kleash.client.reward_admin import RewardAdminClient
 from kleash.reward.config import RewardConfig
 from kleash.reward.service import RewardService
-from kleash.rpc import token_review
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import ServiceError
 from kleash.rpc.server import BackgroundServer, ServerConfig
@@ -57,7 +56,6 @@ def servers(
     folder = tmp_path_factory.mktemp("admin")
     authority, stranger = Authority(folder), Authority(folder, "stranger")
     server = authority.issue("server", *LOOPBACK)
-    reviewer = TokenReviewer(free_port())
     tls = {"cert": server.cert, "key": server.key, "client_ca": authority.ca}
     settings: dict[str, dict[str, Any]] = {
         "none": {},
@@ -65,27 +63,16 @@ def servers(
         "service_account": {"auth": {"mode": "service_account", "audience": "kleash"}},
         "mtls": {"tls": tls, "auth": {"mode": "mtls"}},
     }
-    credentials = {
-        # What a client claims to be counts for its place in the queue and for nothing else.
-        "none": {kind: Credentials(caller="admin") for kind in KINDS},
-        "token": _by_key(folder / "keys"),
-        "service_account": {
-            "admin": Credentials(token=reviewer.token("ops:admin")),
-            "right": Credentials(token=reviewer.token("ops:trainer")),
-            "wrong": Credentials(token=reviewer.token("ops:admin")[:-3] + "AAA"),
-            "absent": Credentials(),
-            "expired": Credentials(token=reviewer.token("ops:admin", ends_in_s=-5)),
-        },
-        "mtls": _by_certificate(authority, stranger),
-    }
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        (folder / "token").write_text(reviewer.own_token + "\n")
-        (folder / "ca.crt").write_bytes(authority.ca.read_bytes())
-        patch.setattr(token_review, "SERVICE_ACCOUNT", folder)
-        patch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-        patch.setenv("KUBERNETES_SERVICE_PORT", str(reviewer.port))
-        stack.enter_context(listening(reviewer, server))
+        reviewer = stack.enter_context(in_cluster(authority, folder, patch))
+        credentials = {
+            # What a client claims to be counts for its place in the queue and for nothing else.
+            "none": {kind: Credentials(caller="admin") for kind in KINDS},
+            "token": _by_key(folder / "keys"),
+            "service_account": _by_account(reviewer),
+            "mtls": _by_certificate(authority, stranger),
+        }
         found = {}
         for mode, options in settings.items():
             config = RewardConfig(
@@ -96,6 +83,16 @@ def servers(
             )
             found[mode] = (its.address, credentials[mode])
         yield found
+
+
+def _by_account(reviewer: TokenReviewer) -> dict[str, Credentials]:
+    return {
+        "admin": Credentials(token=reviewer.token("ops:admin")),
+        "right": Credentials(token=reviewer.token("ops:trainer")),
+        "wrong": Credentials(token=reviewer.token("ops:admin")[:-3] + "AAA"),
+        "absent": Credentials(),
+        "expired": Credentials(token=reviewer.token("ops:admin", ends_in_s=-5)),
+    }
 
 
 def _by_key(keys: Path) -> dict[str, Credentials]:

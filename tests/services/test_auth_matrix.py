@@ -6,17 +6,22 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import REGISTRY
-from tests.services.authority import LOOPBACK, Authority, Pair, TokenReviewer, listening
+from tests.services.authority import (
+    TRAINER,
+    Authority,
+    accounts_by_kind,
+    in_cluster,
+    keys_by_kind,
+    pairs_by_kind,
+    server_settings,
+)
 from tests.services.doubler import (
     CALL_S,
     SERVICE,
@@ -29,16 +34,13 @@ from tests.services.doubler import (
 )
 
 from kleash.reference.v1 import reference_pb2, reference_pb2_grpc
-from kleash.rpc import token_review
 from kleash.rpc.auth import caller
 from kleash.rpc.channel import connect
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import from_rpc_error
-from kleash.rpc.static_tokens import make_token
 
 pytestmark = pytest.mark.services
 
-TRAINER = "system:serviceaccount:rlhf:trainer"
 MODES = ("none", "tls", "token", "token with tls", "service_account", "mtls")
 
 
@@ -120,31 +122,12 @@ def outcome_of(error: grpc.RpcError) -> str:
 def modes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mode]]:
     folder = tmp_path_factory.mktemp("auth")
     authority, stranger = Authority(folder), Authority(folder, "stranger")
-    server = authority.issue("server", *LOOPBACK)
-    tls = {"cert": server.cert, "key": server.key}
-    reviewer = TokenReviewer(free_port())
-    keys, tokens = _keys(folder)
-    account = {"mode": "service_account", "audience": "kleash"}
-    allowed = {"allowed_callers": ("trainer", f"{TRAINER[:-3]}*", "trainer.rlhf.svc")}
-    static = {"mode": "token", "tokens_file": keys, **allowed}
-    settings: dict[str, dict[str, Any]] = {
-        "none": {},
-        "tls": {"tls": tls},
-        "token": {"auth": static},
-        "token with tls": {"tls": tls, "auth": static},
-        "service_account": {"auth": {**account, **allowed}},
-        "mtls": {"tls": {**tls, "client_ca": authority.ca}, "auth": {"mode": "mtls", **allowed}},
-    }
+    keys, tokens = keys_by_kind(folder)
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        (folder / "token").write_text(reviewer.own_token + "\n")
-        (folder / "ca.crt").write_bytes(authority.ca.read_bytes())
-        patch.setattr(token_review, "SERVICE_ACCOUNT", folder)
-        patch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-        patch.setenv("KUBERNETES_SERVICE_PORT", str(reviewer.port))
-        stack.enter_context(listening(reviewer, server))
+        reviewer = stack.enter_context(in_cluster(authority, folder, patch))
         found = {}
-        for name, options in settings.items():
+        for name, options in server_settings(authority, keys).items():
             service, health, metrics = Named(), free_port(), free_port()
             ports = {"health_port": health, "metrics_port": metrics}
             its = stack.enter_context(serving(service, **ports, **options))
@@ -160,46 +143,14 @@ def modes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mode]]
         found["token with tls"].credentials = found["tls"].credentials
         found["service_account"].name = TRAINER
         found["service_account"].credentials = {
-            "right": Credentials(token=reviewer.token("rlhf:trainer")),
-            "wrong": Credentials(token=reviewer.token("rlhf:trainer")[:-3] + "AAA"),
-            "absent": Credentials(),
-            "expired": Credentials(token=reviewer.token("rlhf:trainer", ends_in_s=-5)),
-            "other": Credentials(token=reviewer.token("rlhf:guest")),
+            kind: Credentials(token=token) for kind, token in accounts_by_kind(reviewer).items()
         }
         found["mtls"].name = "trainer.rlhf.svc"
         found["mtls"].credentials = {
             kind: Credentials(ca=ca, cert=pair.cert, key=pair.key) if pair else Credentials(ca=ca)
-            for kind, pair in _pairs(authority, stranger).items()
+            for kind, pair in pairs_by_kind(authority, stranger).items()
         }
         yield found
-
-
-def _keys(folder: Path) -> tuple[Path, dict[str, str]]:
-    """A file of keys, and tokens by kind."""
-    right, first_line = make_token("trainer")
-    other, second_line = make_token("guest")
-    expired, third_line = make_token("trainer", datetime.now(UTC) - timedelta(hours=1))
-    keys = folder / "keys"
-    keys.write_text(f"# callers\n{first_line}\n\n{second_line}  # not allowed\n{third_line}\n")
-    wrong = make_token("trainer")[0]
-    return keys, {
-        "right": right,
-        "wrong": wrong,
-        "absent": "",
-        "expired": expired,
-        "other": other,
-    }
-
-
-def _pairs(authority: Authority, stranger: Authority) -> dict[str, Pair | None]:
-    name = x509.DNSName("trainer.rlhf.svc")
-    return {
-        "right": authority.issue("right", x509.DNSName("second.name"), name),
-        "wrong": stranger.issue("wrong", name),
-        "absent": None,
-        "expired": authority.issue("expired", name, is_expired=True),
-        "other": authority.issue("other", x509.DNSName("guest.rlhf.svc")),
-    }
 
 
 OK = dict.fromkeys(("right", "wrong", "absent", "expired", "other"), "OK")

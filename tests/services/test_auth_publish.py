@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cryptography import x509
-from tests.services.authority import LOOPBACK, Authority, TokenReviewer, listening
-from tests.services.doubler import eventually, free_port
+from tests.services.authority import Authority, in_cluster
+from tests.services.doubler import eventually
 from tests.services.test_publish import LIMITS, after_training
 
 from kleash.base.errors import RemoteError
@@ -22,7 +22,6 @@ from kleash.policy.config import PolicyConfig
 from kleash.policy.service import PolicyService
 from kleash.ppo.config import PublishConfig
 from kleash.ppo.publish import Publisher
-from kleash.rpc import token_review
 from kleash.rpc.server import BackgroundServer, ServerConfig
 from kleash.rpc.static_tokens import make_token
 from kleash.weights.store import Store
@@ -73,21 +72,6 @@ def server_config(
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         yield ServerConfig.model_validate(settings)
-
-
-@contextmanager
-def in_cluster(
-    authority: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[TokenReviewer]:
-    """A pod beside an API server."""
-    reviewer = TokenReviewer(free_port())
-    (folder / "token").write_text(reviewer.own_token)
-    (folder / "ca.crt").write_bytes(authority.ca.read_bytes())
-    monkeypatch.setattr(token_review, "SERVICE_ACCOUNT", folder)
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(reviewer.port))
-    with listening(reviewer, authority.issue("api-server", *LOOPBACK)):
-        yield reviewer
 
 
 def test_a_version_reaches_replicas_and_late_joiners(

@@ -8,7 +8,6 @@ import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,28 @@ from cryptography import x509
 from prometheus_client import REGISTRY
 from tests.services.authority import (
     LOOPBACK,
+    TRAINER,
     Authority,
     Pair,
-    TokenReviewer,
-    listening,
+    accounts_by_kind,
+    in_cluster,
+    keys_by_kind,
+    pairs_by_kind,
     serial_of,
+    server_settings,
 )
-from tests.services.doubler import SERVICE, WAIT_S, eventually, free_port, request_of
+from tests.services.doubler import SERVICE, WAIT_S, eventually, request_of
 from tests.services.http_client import JSON, HttpPort, Reply, ask, serving_http
 from tests.services.test_gateway_refusals import CALL, HttpDoubler
 
 from kleash.reference.v1 import reference_pb2_grpc
-from kleash.rpc import reloading, token_review
+from kleash.rpc import reloading
 from kleash.rpc.auth import caller
 from kleash.rpc.channel import connect
 from kleash.rpc.credentials import Credentials
-from kleash.rpc.static_tokens import make_token
 
 pytestmark = pytest.mark.services
 
-TRAINER = "system:serviceaccount:rlhf:trainer"
 KINDS = ("right", "wrong", "absent", "expired", "other")
 MODES = ("none", "tls", "token", "token with tls", "service_account", "mtls")
 
@@ -94,32 +95,13 @@ class Mode:
 def modes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mode]]:
     folder = tmp_path_factory.mktemp("http-auth")
     authority, stranger = Authority(folder), Authority(folder, "stranger")
-    server = authority.issue("server", *LOOPBACK)
-    tls = {"cert": server.cert, "key": server.key}
-    allowed = {"allowed_callers": ("trainer", f"{TRAINER[:-3]}*", "trainer.rlhf.svc")}
-    keys, tokens = _keys(folder)
-    static = {"mode": "token", "tokens_file": keys, **allowed}
-    account = {"mode": "service_account", "audience": "kleash", **allowed}
-    reviewer = TokenReviewer(free_port())
-    settings: dict[str, dict[str, Any]] = {
-        "none": {},
-        "tls": {"tls": tls},
-        "token": {"auth": static},
-        "token with tls": {"tls": tls, "auth": static},
-        "service_account": {"auth": account},
-        "mtls": {"tls": {**tls, "client_ca": authority.ca}, "auth": {"mode": "mtls", **allowed}},
-    }
+    keys, tokens = keys_by_kind(folder)
     plain = {kind: _context(authority.ca) for kind in KINDS}
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        (folder / "token").write_text(reviewer.own_token + "\n")
-        (folder / "ca.crt").write_bytes(authority.ca.read_bytes())
-        patch.setattr(token_review, "SERVICE_ACCOUNT", folder)
-        patch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-        patch.setenv("KUBERNETES_SERVICE_PORT", str(reviewer.port))
-        stack.enter_context(listening(reviewer, server))
+        reviewer = stack.enter_context(in_cluster(authority, folder, patch))
         found = {}
-        for name, options in settings.items():
+        for name, options in server_settings(authority, keys).items():
             service = Named()
             its, port = stack.enter_context(serving_http(service, **options))
             found[name] = Mode(service, port.port, its.address, name="")
@@ -127,38 +109,13 @@ def modes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mode]]
             found[name].name, found[name].tokens = "trainer", tokens
         found["tls"].contexts = found["token with tls"].contexts = plain
         found["service_account"].name = TRAINER
-        found["service_account"].tokens = {
-            "right": reviewer.token("rlhf:trainer"),
-            "wrong": reviewer.token("rlhf:trainer")[:-3] + "AAA",
-            "expired": reviewer.token("rlhf:trainer", ends_in_s=-5),
-            "other": reviewer.token("rlhf:guest"),
-        }
+        found["service_account"].tokens = accounts_by_kind(reviewer)
         found["mtls"].name = "trainer.rlhf.svc"
         found["mtls"].contexts = {
-            kind: _context(authority.ca, pair) for kind, pair in _pairs(authority, stranger).items()
+            kind: _context(authority.ca, pair)
+            for kind, pair in pairs_by_kind(authority, stranger).items()
         }
         yield found
-
-
-def _keys(folder: Path) -> tuple[Path, dict[str, str]]:
-    right, first_line = make_token("trainer")
-    other, second_line = make_token("guest")
-    expired, third_line = make_token("trainer", datetime.now(UTC) - timedelta(hours=1))
-    keys = folder / "keys"
-    keys.write_text(f"{first_line}\n{second_line}\n{third_line}\n")
-    wrong = make_token("trainer")[0]
-    return keys, {"right": right, "wrong": wrong, "expired": expired, "other": other}
-
-
-def _pairs(authority: Authority, stranger: Authority) -> dict[str, Pair | None]:
-    name = x509.DNSName("trainer.rlhf.svc")
-    return {
-        "right": authority.issue("right", x509.DNSName("second.name"), name),
-        "wrong": stranger.issue("wrong", name),
-        "absent": None,
-        "expired": authority.issue("expired", name, is_expired=True),
-        "other": authority.issue("other", x509.DNSName("guest.rlhf.svc")),
-    }
 
 
 def _context(ca: Path, pair: Pair | None = None) -> ssl.SSLContext:
