@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.unit.test_batcher import Model, hold, queued, run
 
 from kleash.rpc import quota
 from kleash.rpc.deadline import set_remaining_s
-from kleash.rpc.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from kleash.rpc.errors import InvalidRequest, Overloaded
 from kleash.rpc.pace import Pace
 from kleash.rpc.quota import DEFAULT_QUOTAS, Account, QuotaConfig, Quotas
 from kleash.rpc.waiting_line import Call, WaitingLine
@@ -186,8 +187,8 @@ def test_what_cannot_be_done_in_time_any_more_leaves_the_queue() -> None:
         stays = asyncio.create_task(submit(batcher, [(2, 100)], None, left_s=60.0))
         await queued(batcher, 200)
         batcher._pace.learn(1000, 100.0)  # ten seconds for a hundred tokens
-        batcher._drop_expired()
-        with pytest.raises(DeadlineExceeded, match="would pass"):
+        batcher._drop_late()
+        with pytest.raises(Overloaded, match=r"another 10\.0 s, and its deadline is in [45]\.\d s"):
             await late
         assert batcher.queued_tokens == 100
         model.gate.set()
@@ -204,6 +205,69 @@ def test_the_pace_of_small_batches_says_little_about_large_work() -> None:
     assert pace.seconds(1000) == pytest.approx(1.0)
     assert pace.least_s(1000) == pytest.approx(0.01)
     assert pace.least_s(5) == pytest.approx(0.005)
+
+
+def test_calls_that_go_first_are_counted_before_they_come() -> None:
+    pace = Pace()
+    pace.learn(100, 1.0)
+    for tenth in range(200):  # fifty tokens a second of a trainer, ten of others
+        pace.arrived(5, 60, tenth / 10)
+        pace.arrived(1, 0, tenth / 10)
+    assert pace.wait_s(100, 60) == pytest.approx(1.0)
+    assert pace.wait_s(100, 0) == pytest.approx(2.0, rel=0.1)
+    for tenth in range(200, 400):  # the trainer is gone
+        pace.arrived(1, 0, tenth / 10)
+    assert pace.wait_s(100, 0) == pytest.approx(1.0, rel=0.01)
+    for tenth in range(400, 600):  # more than the model can do
+        pace.arrived(100, 60, tenth / 10)
+    assert pace.wait_s(100, 0) == pytest.approx(4.0)
+
+
+def test_a_first_call_is_no_rate_of_calls() -> None:
+    pace = Pace()
+    pace.learn(100, 1.0)
+    pace.arrived(25, 60, 1000.0)
+    assert pace.wait_s(100, 0) == pytest.approx(2.0)
+
+
+def test_the_pace_counts_the_time_between_batches_while_calls_wait() -> None:
+    async def scenario(model: Model, batcher: Any) -> None:
+        first = await hold(model, batcher)
+        rest = [asyncio.create_task(batcher.submit([(n, 50)])) for n in (1, 2)]
+        await queued(batcher, 100)
+        model.gate.set()
+        await first
+        assert batcher._ended is not None
+        await asyncio.gather(*rest)
+        assert batcher._ended is None
+        batcher._ended = time.monotonic() - 100.0  # calls have waited since
+        batcher._pace.tokens_per_s = 1000.0
+        await batcher.submit([(3, 50)])
+        # One part in five of the new average is half a token a second.
+        assert batcher._pace.tokens_per_s == pytest.approx(800.1, abs=0.05)
+
+    run(scenario, max_batch_tokens=50)
+
+
+def test_refusing_needs_no_tokens_when_nothing_could_be_done_in_time() -> None:
+    async def check(batcher: Any, left_s: float) -> None:
+        set_remaining_s(left_s)
+        batcher.check_turn()
+
+    async def scenario(model: Model, batcher: Any) -> None:
+        first = await hold(model, batcher)
+        batcher._pace.learn(100, 1.0)
+        await asyncio.create_task(check(batcher, 0.01))  # nothing waits: it may be tried
+        waiting = asyncio.create_task(batcher.submit([(1, 300)]))
+        await queued(batcher, 300)
+        with pytest.raises(Overloaded, match=r"about 5\.0 s, as 301 tokens"):
+            await asyncio.create_task(check(batcher, 5.0))
+        await asyncio.create_task(check(batcher, 10.0))
+        batcher.check_turn()  # without a deadline
+        model.gate.set()
+        await asyncio.gather(first, waiting)
+
+    run(scenario)
 
 
 def test_waits_are_stretched_by_what_overtakes_calls_of_their_priority() -> None:

@@ -53,6 +53,15 @@ def begin_with_bos(tokenizer: Any) -> Any:
     return bos
 
 
+def test_padding_and_truncation_of_the_tokenizers_file_do_not_count(tokenizer: Any) -> None:
+    texts = ["one", "one and two and three", ANSWER]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    encoded = InputEncoder(tokenizer, ends_with_eos=True).encode_texts(texts)
+    assert [each.tolist() for each in encoded] == ids
+
+
 @pytest.mark.parametrize("template", [None, NEWLINE_TEMPLATE])
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[1:]])
 def test_conversation_is_what_training_renders(

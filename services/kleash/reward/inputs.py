@@ -54,6 +54,7 @@ class InputEncoder:
         self._tokenizer = tokenizer
         self._ends_with_eos = ends_with_eos
         self._is_framed = is_framed
+        self._rust = _rust_tokenizer(tokenizer)
         self._head, self._tail = self._frame() if is_framed else (self._added_bos(), [])
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -133,12 +134,27 @@ class InputEncoder:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._rust is not None:
+            encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [each.ids for each in encoded]
         return self._tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text)["input_ids"]
+
+
+def _rust_tokenizer(tokenizer: Any) -> Any:
+    """What encodes beneath a tokenizer, without the padding and truncation of its file; None for
+    one that is written in Python. Around it transformers spends half as much again on a short text.
+    """
+    if not getattr(tokenizer, "is_fast", False) or tokenizer.split_special_tokens:
+        return None
+    rust = tokenizer.backend_tokenizer
+    rust.no_padding()
+    rust.no_truncation()
+    return rust
 
 
 def _is_between(head: list[int], ids: list[int], tail: list[int]) -> bool:

@@ -2,7 +2,7 @@
 
     submit() ─► admission: tokens, ─► waiting calls ──► next batch ─► model thread ─► results
                 time, quota           by precedence;    sorted by     compute()       one future
-                no room: Overloaded   gone or expired:  length                        a call
+                no room: Overloaded   gone or late:     length                        a call
                                       dropped here
 
 Everything but ``compute`` runs on the event loop. A batch is the largest one at hand: nothing waits
@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from kleash.base import metrics
+from kleash.base.exemplar import exemplar_of
+from kleash.rpc.admission import Admission
+from kleash.rpc.batch_spans import computing, record_wait
 from kleash.rpc.deadline import deadline
-from kleash.rpc.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from kleash.rpc.errors import Overloaded, Unavailable
 from kleash.rpc.model_thread import ModelThread
 from kleash.rpc.pace import Pace
-from kleash.rpc.quota import Account, account
-from kleash.rpc.waiting_line import WINDOW_BATCHES, Batch, Call, WaitingLine
+from kleash.rpc.quota import account
+from kleash.rpc.waiting_line import Batch, Call, WaitingLine
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,15 +34,10 @@ X = TypeVar("X")
 
 # A batch is made no longer than this, at the pace of late, once it has so many tokens.
 BATCH_S, MIN_BATCH_TOKENS = 0.5, 2048
-# Of the time until its deadline that a call may be expected to take: estimates are off, and the
-# answer travels.
-TIME_SHARE = 0.8
 # A call that was dropped would have waited longer, nobody knows how much.
 DROPPED = 2.0
 # By which the clocks of gRPC and of deadlines may differ.
 CLOCK_S = 0.05
-# Bounds of the retry hint.
-MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,22 @@ class Batcher(Generic[T, R]):
         self._is_accepting = False
         self._last_progress = time.monotonic()
         self._pace = Pace()
+        self._admission = Admission(
+            self._waiting,
+            self._pace,
+            max_batch_tokens=max_batch_tokens,
+            max_queued_tokens=max_queued_tokens,
+            service=service,
+        )
+        self._ended: float | None = None
+        """When the last batch ended, while calls have waited ever since."""
         labels = (service, model_name)
         self._queue_requests = metrics.QUEUE_REQUESTS.labels(*labels)
         self._queue_tokens = metrics.QUEUE_TOKENS.labels(*labels)
         self._running_requests = metrics.RUNNING_REQUESTS.labels(*labels)
         self._queue_wait = metrics.QUEUE_WAIT_SECONDS.labels(*labels)
         self._compute_seconds = metrics.COMPUTE_SECONDS.labels(*labels)
+        metrics.QUEUE_LIMIT_TOKENS.labels(*labels).set(max_queued_tokens)
 
     @property
     def queued_tokens(self) -> int:
@@ -130,9 +138,10 @@ class Batcher(Generic[T, R]):
         same batches every time, so that the answer does not depend on other traffic.
 
         Raises Overloaded at once when they do not fit into the queue, when they would not be done
-        by the call's deadline, or when the caller's quota is used up; InvalidRequest when they
-        never could fit, DeadlineExceeded when the deadline passes in the queue, Unavailable after
-        stop, and what ``compute`` raised for a batch that held one of them.
+        by the call's deadline, or when the caller's quota is used up, and later when calls that go
+        first make them late; InvalidRequest when they never could fit, DeadlineExceeded when the
+        deadline passes in the queue, Unavailable after stop, and what ``compute`` raised for a
+        batch that held one of them.
         """
         if not items:
             return BatchTiming([], 0, 0)
@@ -156,11 +165,17 @@ class Batcher(Generic[T, R]):
             raise self._draining()
         return await self._thread.run(function)
 
-    def _admit(self, items: Sequence[T], isolate: bool) -> Call:
-        if not self._is_accepting:
-            raise self._draining()
+    def check_turn(self) -> None:
+        """Raise Overloaded when a call that comes now would be refused whatever it holds.
+
+        To refuse many calls costs little this way, as they need not be tokenized.
+        """
+        if self._waiting and self._is_accepting:
+            self._admission.check_time(self._call([], isolate=False), self._running_tokens)
+
+    def _call(self, items: Sequence[T], *, isolate: bool) -> Call:
         its = account()
-        call = Call(
+        return Call(
             items,
             [self._size(item) for item in items],
             isolate,
@@ -168,16 +183,22 @@ class Batcher(Generic[T, R]):
             deadline(),
             priority_s=its.priority_s if its is not None else 0.0,
         )
-        self._check_sizes(call, its)
-        self._check_time(call)
+
+    def _admit(self, items: Sequence[T], isolate: bool) -> Call:
+        if not self._is_accepting:
+            raise self._draining()
+        its, call = account(), self._call(items, isolate=isolate)
+        self._admission.check_size(call, its)
+        self._admission.check_time(call, self._running_tokens)
         if its is not None:
             try:
                 its.take(call.tokens_waiting)
             except Overloaded as error:
-                raise self._reject("quota", error) from None
+                raise self._admission.reject("quota", error) from None
         if not self._waiting and not self._thread.is_busy:
             self._last_progress = time.monotonic()
         self._waiting.add(call)
+        self._pace.arrived(call.tokens_waiting, call.priority_s, call.enqueued)
         self._show_queue()
         self._wake.set()
         item_tokens = metrics.ITEM_TOKENS.labels(self._service)
@@ -185,68 +206,9 @@ class Batcher(Generic[T, R]):
             item_tokens.observe(size)
         return call
 
-    def _check_sizes(self, call: Call, its: Account | None) -> None:
-        """Raise what keeps a call out that does not fit into a batch, or into the queue."""
-        sizes, total = call.sizes, call.tokens_waiting
-        largest = max(range(len(sizes)), key=sizes.__getitem__)
-        if sizes[largest] > self.max_batch_tokens:
-            raise self._reject(
-                "too_large",
-                InvalidRequest(
-                    f"item {largest} has {sizes[largest]} tokens; "
-                    f"at most {self.max_batch_tokens} fit into one batch.",
-                    field=f"items[{largest}]",
-                ),
-            )
-        limit = int(self.max_queued_tokens * (its.queue_share if its is not None else 1.0))
-        if total > limit:
-            raise self._reject(
-                "too_large",
-                InvalidRequest(
-                    f"the request has {total} tokens; at most {limit} may wait: send it in parts.",
-                    field="items",
-                ),
-            )
-        if self._waiting.tokens + total > limit:
-            raise self._reject(
-                "queue_full",
-                Overloaded(
-                    f"the queue holds {self._waiting.tokens} of at most {limit} "
-                    f"tokens and the request has {total}; try again later.",
-                    reason="QUEUE_FULL",
-                    retry_after_s=self._retry_after_s(),
-                ),
-            )
-
-    def _check_time(self, call: Call) -> None:
-        """Raise Overloaded for a call that would not be done by its deadline.
-
-        What is before it, the running batch, and the company that it will have in its batches count
-        at the pace of late. A call that nothing is before is always tried: the pace may be that of
-        tiny batches.
-        """
-        if call.deadline is None or not (self._waiting or self._running):
-            return
-        tokens = self._running_tokens + self._waiting.tokens_before(call) + call.tokens_waiting
-        call.tokens_before = tokens + WINDOW_BATCHES * self._pace.batch_tokens
-        needed_s = self._pace.wait_s(call.tokens_before, call.priority_s)
-        left_s = max(call.deadline - time.monotonic(), 0.0)
-        if needed_s <= TIME_SHARE * left_s:
-            return
-        raise self._reject(
-            "late",
-            Overloaded(
-                f"the call would take about {needed_s:.1f} s, as {tokens} tokens would be computed "
-                f"by then, and its deadline is in {left_s:.1f} s; allow more time or try again "
-                "later.",
-                reason="LATE",
-                retry_after_s=_within_bounds(needed_s - TIME_SHARE * left_s),
-            ),
-        )
-
     async def _serve(self) -> None:
         while self._is_accepting or self._waiting:
-            self._drop_expired()
+            self._drop_late()
             batch = self._waiting.next_batch(self.max_batch_tokens, self._batch_tokens())
             if batch is None:
                 self._wake.clear()
@@ -264,20 +226,24 @@ class Batcher(Generic[T, R]):
         for call in self._running:
             if call.started is None:
                 call.started = now
-                self._queue_wait.observe(now - call.enqueued)
+                self._queue_wait.observe(now - call.enqueued, exemplar_of(call.span))
+                record_wait(call, now)
         self._show_queue()
         items = [call.items[index] for call, index in batch.members]
         results: list[R] = []
         failure: BaseException | None = None
         try:
-            results = await self._thread.run(lambda: self._compute_or_halve(items))
+            results = await self._thread.run(
+                computing(batch, lambda: self._compute_or_halve(items))
+            )
         except Exception as error:
             failure = error
-        elapsed_s = time.monotonic() - now
-        self._last_progress = time.monotonic()
+        ended = self._last_progress = time.monotonic()
+        gap_s = now - self._ended if self._ended is not None else 0.0
+        self._ended = ended if self._waiting else None
         metrics.BATCHER_HEARTBEAT_TIMESTAMP.labels(self._service).set_to_current_time()
         self._running, self._running_tokens = [], 0
-        self._deliver(batch, results, failure, elapsed_s)
+        self._deliver(batch, results, failure, elapsed_s=ended - now, gap_s=gap_s)
         self._show_queue()
 
     def _compute_or_halve(self, items: list[T]) -> list[R]:
@@ -304,13 +270,20 @@ class Batcher(Generic[T, R]):
         return results
 
     def _deliver(
-        self, batch: Batch, results: list[R], failure: BaseException | None, elapsed_s: float
+        self,
+        batch: Batch,
+        results: list[R],
+        failure: BaseException | None,
+        *,
+        elapsed_s: float,
+        gap_s: float,
     ) -> None:
         sizes = batch.sizes
         padded = len(sizes) * max(sizes)
         if failure is None:
-            self._pace.learn(sum(sizes), elapsed_s)
-        self._compute_seconds.observe(elapsed_s)
+            self._pace.learn(sum(sizes), elapsed_s + gap_s)
+        traced = next((call.span for call in batch.calls if call.span is not None), None)
+        self._compute_seconds.observe(elapsed_s, exemplar_of(traced))
         metrics.BATCH_ITEMS.labels(self._service).observe(len(sizes))
         metrics.BATCH_TOKENS.labels(self._service).observe(padded)
         metrics.BATCH_PADDING_RATIO.labels(self._service).observe(1 - sum(sizes) / padded)
@@ -332,19 +305,10 @@ class Batcher(Generic[T, R]):
         wanted = int(BATCH_S * self._pace.tokens_per_s)
         return min(max(wanted, MIN_BATCH_TOKENS), self.max_batch_tokens)
 
-    def _drop_expired(self) -> None:
-        """Also what cannot be done in time any more: its place is of use to others."""
-        now = time.monotonic()
-        for call in list(self._waiting):
-            if call.deadline is None:
-                continue
-            if call.deadline <= now + self._pace.least_s(call.tokens_waiting):
-                passes = "passed" if call.deadline <= now else "would pass"
-                error = DeadlineExceeded(
-                    f"the call's deadline {passes} while it waited for the model."
-                )
-                self._learn_wait(call, DROPPED)
-                self._fail(call, self._reject("deadline", error))
+    def _drop_late(self) -> None:
+        for call, error in list(self._admission.late(time.monotonic())):
+            self._learn_wait(call, DROPPED)
+            self._fail(call, error)
 
     def _learn_wait(self, call: Call, factor: float = 1.0) -> None:
         waited_s = factor * (time.monotonic() - call.enqueued)
@@ -360,12 +324,6 @@ class Batcher(Generic[T, R]):
         if self._waiting.remove(call):
             self._show_queue()
 
-    def _retry_after_s(self) -> float:
-        """Time to compute half of the queue, at the speed seen so far."""
-        if not self._pace.tokens_per_s:
-            return 1.0
-        return _within_bounds(self._pace.seconds(self._waiting.tokens / 2))
-
     def _show_queue(self) -> None:
         # By the difference: two revisions of a model have one gauge.
         now = (len(self._waiting), self._waiting.tokens, len(self._running))
@@ -374,21 +332,13 @@ class Batcher(Generic[T, R]):
             gauge.inc(value - shown)
         self._shown = now
 
-    def _reject(self, reason: str, error: Exception) -> Exception:
-        metrics.REQUESTS_REJECTED.labels(self._service, reason).inc()
-        return error
-
     def _draining(self) -> Exception:
-        return self._reject(
+        return self._admission.reject(
             "draining",
             Unavailable(
                 f"the {self._service} service is stopping; try another.", reason="DRAINING"
             ),
         )
-
-
-def _within_bounds(retry_after_s: float) -> float:
-    return min(max(retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 # Of the newest batch in the averages, and of the newest call.
 WEIGHT, WAIT_WEIGHT = 0.2, 0.1
 MAX_STRETCH = 4.0
 # Estimates below it say more about the clock than about the queue.
 SHORT_S = 0.1
+# Over which work that comes is averaged, and the most of the model that calls of more priority are
+# taken to use: they are answered in any case, and may stop coming.
+ARRIVAL_S, MAX_SHARE = 2.0, 0.75
 
 
 class Pace:
@@ -17,6 +22,7 @@ class Pace:
         """Without padding; 0 before the first batch."""
         self._batch_tokens = 0.0
         self._stretch: dict[float, float] = {}
+        self._arrivals: dict[float, _Rate] = {}
 
     def learn(self, tokens: int, elapsed_s: float) -> None:
         """A batch of ``tokens`` took ``elapsed_s``."""
@@ -37,14 +43,21 @@ class Pace:
     def wait_s(self, tokens: float, priority_s: float) -> float:
         """Until a call is done that ``tokens`` are computed before, its own included.
 
-        Calls of more priority that come later, and all that takes time beside the model, count as
-        they have counted of late for calls of this priority.
+        Calls of more priority go on coming as they have of late, and are served first. What else
+        has taken time counts as it has for calls of this priority.
         """
-        return self.seconds(tokens) * self._stretch.get(priority_s, 1.0)
+        return self._expected_s(tokens, priority_s) * self._stretch.get(priority_s, 1.0)
+
+    def arrived(self, tokens: int, priority_s: float, now: float) -> None:
+        """A call of ``tokens`` was let in at ``now``, a time in seconds that never goes back."""
+        if priority_s not in self._arrivals:
+            self._arrivals[priority_s] = _Rate(now)
+        for priority, rate in self._arrivals.items():
+            rate.add(tokens if priority == priority_s else 0, now)
 
     def learn_wait(self, tokens: float, priority_s: float, waited_s: float) -> None:
         """A call that ``tokens`` were to be computed before has waited so long, or longer."""
-        expected_s = self.seconds(tokens)
+        expected_s = self._expected_s(tokens, priority_s)
         if expected_s > SHORT_S:
             stretch = self._stretch.get(priority_s, 1.0)
             stretch += WAIT_WEIGHT * (waited_s / expected_s - stretch)
@@ -54,3 +67,27 @@ class Pace:
         """What ``tokens`` take at least. Larger batches than of late may be faster per token, so
         that more tokens count as no more than one of those."""
         return self.seconds(min(tokens, self._batch_tokens))
+
+    def _expected_s(self, tokens: float, priority_s: float) -> float:
+        ahead = sum(
+            rate.per_s for priority, rate in self._arrivals.items() if priority > priority_s
+        )
+        share = min(ahead / self.tokens_per_s, MAX_SHARE) if self.tokens_per_s else 0.0
+        return self.seconds(tokens) / (1.0 - share)
+
+
+class _Rate:
+    """A rate over about ARRIVAL_S, right from its beginning on."""
+
+    def __init__(self, now: float) -> None:
+        self.per_s = 0.0
+        self._sum, self._weight, self._as_of = 0.0, 0.0, now
+
+    def add(self, amount: float, now: float) -> None:
+        """``amount`` came at ``now``."""
+        fade = math.exp(-(now - self._as_of) / ARRIVAL_S)
+        self._sum = self._sum * fade + amount
+        self._weight = 1.0 - (1.0 - self._weight) * fade
+        self._as_of = now
+        # Early on a single call is no rate.
+        self.per_s = self._sum / (ARRIVAL_S * max(self._weight, 0.25))

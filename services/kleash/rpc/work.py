@@ -16,7 +16,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kleash.base import metrics
+from kleash.base import metrics, tracing
 from kleash.common.v1 import common_pb2
 from kleash.rpc import audit
 from kleash.rpc.batcher import Batcher
@@ -68,15 +68,17 @@ async def answer(
     num_bytes: int,
 ) -> A:
     """Run a request of ``num_bytes`` through the batcher; the names label the metrics."""
+    batcher.check_turn()
     is_tiny = num_bytes <= TINY_BYTES
     loop = asyncio.get_running_loop()
     began = time.perf_counter_ns()
     try:
-        if is_tiny:
-            work = begin()
-        else:
-            # With the call's context, which holds its deadline.
-            work = await loop.run_in_executor(threads, contextvars.copy_context().run, begin)
+        with tracing.span("tokenize"):
+            if is_tiny:
+                work = begin()
+            else:
+                # With the call's context, which holds its deadline.
+                work = await loop.run_in_executor(threads, contextvars.copy_context().run, begin)
     except ServiceError as error:
         count_rejection(service, error)
         raise
@@ -86,9 +88,10 @@ async def answer(
     audit.note(num_tokens=usage.tokens)
     timing = await batcher.submit(work.jobs, isolate=work.isolate)
     usage.queue_ns, usage.compute_ns = timing.queue_ns, timing.compute_ns
-    if is_tiny:
-        return work.finish(timing.results, usage)
-    return await loop.run_in_executor(threads, work.finish, timing.results, usage)
+    with tracing.span("encode"):
+        if is_tiny:
+            return work.finish(timing.results, usage)
+        return await loop.run_in_executor(threads, work.finish, timing.results, usage)
 
 
 def count_rejection(service: str, error: ServiceError) -> None:
