@@ -16,7 +16,7 @@ HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
 .PHONY: setup demo test check bench protos protos-check openapi lint types imports clean help
 .PHONY: image test-image apt-tools client-venvs bench-framework
-.PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards chart-readme
+.PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards dashboard-pictures chart-readme
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -148,6 +148,9 @@ chart-readme: $(STAMP)  ## write the chart's README from the comments of its val
 
 dashboards: $(STAMP)  ## write the chart's dashboards
 	$(BIN)/python -m k8s.dashboards.build
+
+dashboard-pictures: $(STAMP) k8s-tools  ## draw the dashboards for docs/, from a run made for it; minutes
+	$(BIN)/python -m tests.dashboard_pictures docs/images
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PROTO_VENV) $(CHECKOV_VENV) build dist

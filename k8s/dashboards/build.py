@@ -2,21 +2,35 @@
 
     python -m k8s.dashboards.build
 
-A dashboard has the variables $datasource, $namespace, $job and $instance. content.py holds what
-they show.
+A dashboard has the variables $datasource, $namespace, $job and $instance. What each shows is in
+reward_slo.py, services.py and training.py.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from grafana_foundation_sdk.builders import common, heatmap, prometheus, stat, timeseries
-from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVariable, QueryVariable
+from grafana_foundation_sdk.builders import (
+    common,
+    heatmap,
+    prometheus,
+    stat,
+    table,
+    timeseries,
+)
+from grafana_foundation_sdk.builders.dashboard import (
+    Dashboard,
+    DatasourceVariable,
+    QueryVariable,
+    ThresholdsConfig,
+)
 from grafana_foundation_sdk.builders.dashboard import Row as RowBuilder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import (
+    BigValueGraphMode,
     GraphGradientMode,
     LegendDisplayMode,
     LegendPlacement,
@@ -26,13 +40,19 @@ from grafana_foundation_sdk.models.common import (
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
+    DataTransformerConfig,
+    Threshold,
+    ThresholdsMode,
     VariableOption,
     VariableRefresh,
     VariableSort,
 )
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
-from k8s.dashboards.content import REWARD_SLO, SERVICES, TRAINING, Panel, Row
+from k8s.dashboards.panels import Panel, Row
+from k8s.dashboards.reward_slo import REWARD_SLO
+from k8s.dashboards.services import SERVICES
+from k8s.dashboards.training import TRAINING
 
 FOLDER = Path(__file__).parents[1] / "chart" / "dashboards"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -43,11 +63,12 @@ def dashboards() -> dict[str, str]:
     """JSON of each dashboard by its name."""
     reward_jobs = 'kleash_model_loaded{namespace="$namespace", service="reward"}'
     all_jobs = 'kleash_model_loaded{namespace="$namespace"}'
-    trainer_jobs = 'kleash_model_loaded{namespace="$namespace", service="trainer"}'
+    # The policy's replicas show which weights they have.
+    run_jobs = 'kleash_model_loaded{namespace="$namespace", service=~"trainer|policy"}'
     return {
         "reward-slo": _dashboard("reward-slo", "Kleash / Reward", reward_jobs, REWARD_SLO),
         "services": _dashboard("services", "Kleash / Services", all_jobs, SERVICES),
-        "training": _dashboard("training", "Kleash / Training", trainer_jobs, TRAINING),
+        "training": _dashboard("training", "Kleash / Training", run_jobs, TRAINING),
     }
 
 
@@ -95,30 +116,79 @@ def _variable(name: str, label: str, series: str, *, multi: bool = True) -> Quer
     return variable
 
 
-def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | heatmap.Panel:
-    builder: timeseries.Panel | stat.Panel | heatmap.Panel
-    if panel.kind == "number":
-        builder = stat.Panel()
-    elif panel.kind == "heatmap":
-        colors = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues")
-        builder = heatmap.Panel().calculate(False).color(colors)
-    else:
-        legend = common.VizLegendOptions().show_legend(True)
-        legend.display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
-        tooltip = common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI)
-        builder = timeseries.Panel().legend(legend).tooltip(tooltip).fill_opacity(10)
-        builder.gradient_mode(GraphGradientMode.NONE)
-        if panel.kind == "stack":
-            builder.stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(60)
+PanelBuilder = timeseries.Panel | stat.Panel | heatmap.Panel | table.Panel
+
+
+def _panel(panel: Panel) -> PanelBuilder:
+    builder = _BUILDERS[panel.kind](panel)
     builder.title(panel.title).description(panel.description).unit(panel.unit)
     builder.datasource(SOURCE).height(PANEL_HEIGHT).span(panel.span)
+    if panel.decimals is not None:
+        builder.decimals(panel.decimals)
     for number, (legend_format, expression) in enumerate(panel.targets):
         query = prometheus.Dataquery().expr(expression).legend_format(legend_format)
-        query.range().ref_id(chr(ord("A") + number)).datasource(SOURCE)
-        if panel.kind == "heatmap":
-            query.format(PromQueryFormat.HEATMAP)
+        query.ref_id(chr(ord("A") + number)).datasource(SOURCE)
+        # A number is the newest one: over 30 days, a curve of them would be asked for dearly.
+        if panel.kind in ("number", "table"):
+            query.instant()
+        else:
+            query.range()
+        if panel.kind in _FORMATS:
+            query.format(_FORMATS[panel.kind])
         builder.with_target(query)
     return builder
+
+
+def _lines(panel: Panel) -> timeseries.Panel:
+    legend = common.VizLegendOptions().show_legend(True)
+    legend.display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
+    tooltip = common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI)
+    builder = timeseries.Panel().legend(legend).tooltip(tooltip).fill_opacity(10)
+    builder.gradient_mode(GraphGradientMode.NONE).span_nulls(panel.joins_gaps)
+    least, most = panel.between
+    if least is not None:
+        builder.axis_soft_min(least)
+    if most is not None:
+        builder.axis_soft_max(most)
+    if panel.kind == "stack":
+        builder.stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(60)
+    return builder
+
+
+def _number(panel: Panel) -> stat.Panel:
+    newest = common.ReduceDataOptions().calcs(["lastNotNull"])
+    steps = [Threshold(value=None, color="green")]
+    if panel.alarm_below is not None:
+        steps = [Threshold(value=None, color="red"), Threshold(panel.alarm_below, "green")]
+    thresholds = ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
+    builder = stat.Panel().reduce_options(newest).graph_mode(BigValueGraphMode.NONE)
+    return builder.thresholds(thresholds)
+
+
+def _heatmap(_panel: Panel) -> heatmap.Panel:
+    colors = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues")
+    return heatmap.Panel().calculate(False).color(colors)
+
+
+def _table(panel: Panel) -> table.Panel:
+    """The labels named in ``columns``, in their order; not the time, and not the 1 of the value."""
+    options = {
+        "excludeByName": {"Time": True, "Value": True},
+        "indexByName": {label: place for place, (label, _) in enumerate(panel.columns)},
+        "renameByName": dict(panel.columns),
+    }
+    return table.Panel().with_transformation(DataTransformerConfig("organize", options=options))
+
+
+_FORMATS = {"table": PromQueryFormat.TABLE, "heatmap": PromQueryFormat.HEATMAP}
+
+_BUILDERS: dict[str, Callable[[Panel], PanelBuilder]] = {
+    "lines": _lines,
+    "stack": _lines,
+    "number": _number,
+    "heatmap": _heatmap,
+    "table": _table,
+}
 
 
 def main() -> None:

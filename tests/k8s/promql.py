@@ -8,9 +8,14 @@ import re
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from kleash.base import metrics
+from kleash.base import client_metrics, metrics
 
-OF_EVERY_TARGET = {"up", "process_start_time_seconds", "process_resident_memory_bytes"}
+OF_EVERY_TARGET = {
+    "up",
+    "process_start_time_seconds",
+    "process_resident_memory_bytes",
+    "process_cpu_seconds_total",
+}
 OTHER_WORDS = re.compile(
     r'"[^"]*"'  # values of labels
     r"|\b(?:by|on|without|ignoring|group_left|group_right)\s*\([^)]*\)"  # names of labels
@@ -18,7 +23,8 @@ OTHER_WORDS = re.compile(
     r"|\{[^}]*\}"  # matchers
 )
 NAME = re.compile(r"(?<![\w:$.])([a-zA-Z_:][\w:]*)\b(?!\s*\()")
-KEYWORDS = {"and", "or", "unless", "by", "on", "offset", "bool", "inf", "nan", "e"}
+KEYWORDS = {"and", "or", "unless", "by", "on", "group_left", "group_right"}
+KEYWORDS |= {"offset", "bool", "inf", "nan", "e"}
 LABEL = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"')
 
 
@@ -26,7 +32,7 @@ LABEL = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"')
 def exported() -> dict[str, set[str]]:
     """Every series of a Kleash process with its labels, ``le`` of a bucket among them."""
     series: dict[str, set[str]] = {name: set() for name in OF_EVERY_TARGET}
-    for value in vars(metrics).values():
+    for value in (*vars(metrics).values(), *vars(client_metrics).values()):
         if not isinstance(value, MetricWrapperBase):
             continue
         labels = set(value._labelnames)

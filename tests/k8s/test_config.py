@@ -126,6 +126,7 @@ def test_processes_listen_where_the_pod_says(objects: list[Object]) -> None:
         assert server["port"] == ports["grpc"], pod.name
         assert server["health_port"] == ports["grpc-health"], pod.name
         assert server["metrics_port"] == ports["http-metrics"], pod.name
+        assert server.get("http_port") == ports.get("http"), pod.name
         if key == "ppo.json":
             store = tree["publish"]["server"]
             assert store["host"] == "::", pod.name
@@ -214,11 +215,18 @@ def test_models_are_in_a_folder_that_is_mounted(objects: list[Object]) -> None:
                 [tree[one] for one in SERVICES if one in tree] if key == "serve.json" else [tree]
             )
             for section in sections:
-                for model in (section.get("model"), section.get("reward_model")):
-                    if isinstance(model, str) and model.startswith("/"):
-                        assert any(
-                            PurePosixPath(model).is_relative_to(mount) for mount in mounts
-                        ), f"{pod.name}: {model} is below none of {mounts}"
+                for folder in _folders(section):
+                    assert any(PurePosixPath(folder).is_relative_to(mount) for mount in mounts), (
+                        f"{pod.name}: {folder} is below none of {mounts}"
+                    )
+
+
+def _folders(section: dict[str, Any]) -> Iterator[str]:
+    """Folders that a section of a configuration names, those of reward models by name included."""
+    for one in (section, *section.get("models", {}).values()):
+        found = [one.get("model"), one.get("reward_model")]
+        found += [*one.get("function_path", ()), *one.get("model_folders", ())]
+        yield from (path for path in found if isinstance(path, str) and path.startswith("/"))
 
 
 def test_values_of_the_processes_reach_them(helm: object) -> None:

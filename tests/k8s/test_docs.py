@@ -105,3 +105,19 @@ def check_kleash(words: list[str]) -> None:
 
         config = load_config(PipelineConfig, [str(ROOT / words[3]), *words[4:]])
         assert config.namespace == "rlhf"
+
+
+def test_the_page_tells_every_event_and_no_other() -> None:
+    """Of trainers, which log them, and of `kleash k8s run`, which emits them itself."""
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "trainer").rglob("*.py")
+        if path.name != "events.py"  # it sends what others tell
+    )
+    found = re.findall(r'"event": "([A-Z]\w+)"|_emit\("([A-Z]\w+)"', code)
+    known = {one or two for one, two in found}
+    known |= set(re.findall(r'"event": "\w+" if \w+ else "([A-Z]\w+)"', code))
+    assert {"TrainingCompleted", "TrainingStopped", "RunStopped"} <= known
+    rows = (ROOT / "docs/operations.md").read_text(encoding="utf-8").partition("| event | of |")[2]
+    table = rows.partition("\n\n")[0].splitlines()[2:]
+    assert set(re.findall(r"`([A-Z]\w+)`", "".join(row.split("|")[1] for row in table))) == known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from tests.k8s.netpol import Peer, is_allowed
 
 pytestmark = pytest.mark.k8s
 
-GRPC, HEALTH, METRICS, WEIGHTS = 50051, 8081, 9090, 50061
+GRPC, HEALTH, METRICS, WEIGHTS, HTTP = 50051, 8081, 9090, 50061, 8080
 
 DNS = Peer("dns", "kube-system", {"k8s-app": "kube-dns"}, address="10.244.0.2")
 STRANGER = Peer("stranger", NAMESPACE, {"app": "stranger"}, address="10.244.0.40")
@@ -126,7 +127,7 @@ def test_helm_test_reaches_the_services(objects: list[Object]) -> None:
 def test_outsiders_reach_nothing(objects: list[Object]) -> None:
     for component, target in servers(objects):
         for outsider in OUTSIDERS:
-            for port in (GRPC, HEALTH, METRICS, 22):
+            for port in (GRPC, HEALTH, METRICS, HTTP, 22):
                 assert not is_allowed(objects, outsider, target, port), (
                     f"{outsider.name} reaches {component}:{port}"
                 )
@@ -186,6 +187,37 @@ def test_other_applications_call_the_reward_service_alone(helm: object) -> None:
         assert is_allowed(items, FOREIGNER, target, GRPC) is (component == "reward"), component
         assert not is_allowed(items, FOREIGNER, target, METRICS), component
         assert not is_allowed(items, STRANGER, target, GRPC), component
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_callers_of_the_http_port_call_that_alone(helm: object, is_packed: bool) -> None:
+    client = '{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"elsewhere"}}}'
+    settings = ("reward.http.enabled=true", f"packed.enabled={json.dumps(is_packed)}")
+    both = render(settings=(*settings, f"networkPolicy.rewardClients=[{client}]"))
+    web = render(settings=(*settings, f"networkPolicy.rewardHttpClients=[{client}]"))
+    shut = render(settings=settings)
+    for items, ports in ((both, {GRPC, HTTP}), (web, {HTTP}), (shut, set[int]())):
+        reward = find(items, "reward")
+        for component, target in servers(items):
+            for port in (GRPC, HTTP, HEALTH, METRICS):
+                is_open = target.name == reward.name and port in ports
+                assert is_allowed(items, FOREIGNER, target, port) is is_open, (component, port)
+                assert not is_allowed(items, STRANGER, target, port), (component, port)
+
+
+def test_who_steers_the_trainer_does_so_on_both_of_its_ports(helm: object) -> None:
+    client = '{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"elsewhere"}}}'
+    named = f"networkPolicy.trainerClients=[{client}]"
+    for settings, ports in (
+        (("trainer.http.enabled=true", named), {GRPC, HTTP}),
+        ((named,), {GRPC}),
+        (("trainer.http.enabled=true",), set[int]()),
+    ):
+        items = render(settings=settings)
+        for component, target in servers(items):
+            for port in (GRPC, HTTP, WEIGHTS):
+                is_open = component == "trainer" and port in ports
+                assert is_allowed(items, FOREIGNER, target, port) is is_open, (component, port)
 
 
 @pytest.mark.parametrize("service", ["policy", "reference"])

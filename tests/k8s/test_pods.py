@@ -229,8 +229,9 @@ def test_pods_of_a_service_have_its_ports(objects: list[Object]) -> None:
                 name = f"{service['metadata']['name']} {port['name']}"
                 assert port["targetPort"] in pod.ports(), f"{name}: {pod.name} has no such port"
                 assert port["name"] == port["targetPort"], name
-                expected = "kubernetes.io/h2c" if port["name"] in ("grpc", "weights") else None
-                assert port.get("appProtocol") in (expected, "grpc"), name
+                grpc = ("kubernetes.io/h2c", "grpc")
+                expected = {"grpc": grpc, "weights": grpc, "http": ("http", "https")}
+                assert port.get("appProtocol") in expected.get(port["name"], (None,)), name
                 served += 1
     assert served > 0
 

@@ -7,6 +7,7 @@ from tests.k8s.chart import RenderError, render_text
 
 pytestmark = pytest.mark.k8s
 
+NO_MODEL = 'reward.model.uri=""'
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
 
@@ -59,6 +60,56 @@ def refusal(*settings: str, kube_version: str = "") -> str:
             "packed.services names reference, and reference.enabled is false",
         ),
         (("reward.route.enabled=true",), "set reward.route.parentRefs"),
+        (
+            ("reward.http.enabled=true", "reward.http.route.enabled=true"),
+            "reward.http.route is enabled and names no Gateway; set reward.http.route.parentRefs",
+        ),
+        (
+            ("reward.http.route.enabled=true", 'reward.http.route.parentRefs=[{"name":"a"}]'),
+            "reward.http.route is enabled and leads to the HTTP port, which reward.http.enabled",
+        ),
+        (("reward.http.ingress.enabled=true",), "reward.http.ingress is enabled and leads to the"),
+        (
+            ("reward.http.enabled=true", 'reward.http.ingress.tlsSecret="a"'),
+            "no host is named that it is for; set reward.http.ingress.hostnames",
+        ),
+        (
+            ('reward.http.allowedOrigins=["*"]',),
+            "reward.http.allowedOrigins has no effect without the HTTP port",
+        ),
+        (
+            ('networkPolicy.rewardHttpClients=[{"podSelector":{}}]',),
+            "networkPolicy.rewardHttpClients has no effect without the HTTP port",
+        ),
+        (
+            ('reward.models.a.uri="demo://sft"',),
+            "reward.models and reward.model.uri (demo://reward-model) are both set",
+        ),
+        (
+            (NO_MODEL, 'reward.models.b.uri="demo://sft"', 'reward.models.a.uri="demo://sft"'),
+            "reward.models has a, b; set reward.default to the one for calls that name none",
+        ),
+        (
+            (NO_MODEL, 'reward.models.a.uri="demo://sft"', 'reward.default="b"'),
+            "reward.default is b, and reward.models has a; use one of those",
+        ),
+        (('reward.default="b"',), "reward.default is b, and reward.models has none"),
+        (
+            (NO_MODEL, 'reward.models.a.config.dtype="float32"'),
+            "reward.models.a has no model; set its uri, or config with function, ensemble or",
+        ),
+        (
+            (NO_MODEL, 'reward.models.a.config.function="a:b"'),
+            "reward.models.a is no folder; set trainer.rewardModel.uri",
+        ),
+        (
+            (
+                NO_MODEL,
+                'reward.models.a.config.remote="b:1"',
+                'trainer.rewardModel.uri="demo://sft"',
+            ),
+            "reward.models.a.config.remote is b:1, outside of the release, and the NetworkPolicy",
+        ),
         (("sft.enabled=true",), "sft has no"),
         (("rewardModel.enabled=true",), "rewardModel has no comparisons; set rewardModel.config"),
     ],
@@ -106,7 +157,19 @@ def test_clusters_that_are_too_old_are_refused(helm: object) -> None:
         ("policy.server.tls.cert", '"/x"', "use auth.tls"),
         ("policy.server.auth.mode", '"token"', "use auth.mode"),
         ("policy.server.auth.allowed_callers", '["a"]', "use policy.allowedCallers"),
+        ("reward.server.http_port", "8080", "use reward.http.enabled"),
+        ("reference.server.http_port", "8080", "as no other process has one"),
+        ("trainer.server.http_port", "8080", "use reward.http.enabled or trainer.http.enabled"),
+        ("policy.extraArgs", '["--server.http_port=8080"]', "as no other process has one"),
+        ("reward.server.http_allowed_origins", '["*"]', "use reward.http.allowedOrigins"),
+        ("reward.server.quotas", "[]", "use reward.quotas"),
+        ("reference.server.audit", '"off"', "use reference.audit"),
+        ("trainer.server.audit", '"off"', "use trainer.audit"),
+        ("trainer.config.publish.server.audit", '"off"', "use trainer.audit"),
         ("policy.config.model", '"/x"', "use policy.model.uri"),
+        ("reward.config.models", "{}", "use reward.models"),
+        ("reward.config.default", '"x"', "use reward.default"),
+        ("reward.config.function", '"a:b"', "use reward.models.NAME.config"),
         ("policy.config.weights.publisher", '"x:1"', "set trainer.enabled=false"),
         ("demo.rewardConfig.model", '"/x"', "use reward.model.uri"),
         ("trainer.server.port", "6000", "name port 50051; take it out"),
@@ -152,6 +215,8 @@ def test_keys_that_the_objects_do_not_depend_on_are_passed_on(helm: object) -> N
         "policy.server.max_message_bytes=1024",
         'policy.server.host="0.0.0.0"',
         'policy.server.tls.client_ca="/x"',
+        'policy.server.quotas=[{"callers":["a"],"max_running_calls":2}]',
+        'reward.config.admins=["a"]',
         "trainer.config.publish.keep_versions=3",
         'trainer.extraArgs=["--server.reflection=false", "--outlook"]',
         "demo.config.seed=2",
@@ -177,6 +242,8 @@ PACKED = "packed.enabled=true"
         ("reward.extraEnv.A", '"b"'),
         ("reward.extraArgs", '["--reward.dtype=float32"]'),
         ("reward.server.reflection", "false"),
+        ("reward.audit", '"off"'),
+        ("reward.quotas", '[{"callers":["a"]}]'),
         ("reward.serviceAccount.name", '"mine"'),
         ("reward.modelCache.size", '"1Gi"'),
     ],

@@ -127,6 +127,8 @@ PASSTHROUGH_NAMES = {
     "server",
     "settings",
     "trainerConfig",
+    # Maps by the user's names, whose entries are closed.
+    "models",
     # For a parent chart.
     "global",
 }
@@ -177,6 +179,27 @@ def test_passthrough_maps_take_any_key() -> None:
         {"global": {"anything": {"of": "a parent chart"}}},
     ):
         assert problems(values) == [], values
+
+
+@pytest.mark.parametrize(
+    ("values", "path"),
+    [
+        ({"reward": {"models": {"a": {"urii": "demo://sft"}}}}, "reward.models.a"),
+        ({"reward": {"models": {"a": {"uri": "main"}}}}, "reward.models.a.uri"),
+        ({"reward": {"models": {"A_b": {"uri": ""}}}}, "reward.models"),
+        ({"reward": {"quotas": [{"caller": ["a"]}]}}, "reward.quotas.0"),
+        ({"reward": {"quotas": [{"callers": []}]}}, "reward.quotas.0.callers"),
+        (
+            {"packed": {"quotas": [{"callers": ["a"], "queueShare": 5}]}},
+            "packed.quotas.0.queueShare",
+        ),
+        ({"reference": {"quotas": [{"callers": ["a"], "burstTokens": 0.5}]}}, "burstTokens"),
+        ({"trainer": {"audit": "on"}}, "trainer.audit"),
+        ({"reward": {"http": {"route": {"hostnames": ["a_b"]}}}}, "reward.http.route.hostnames.0"),
+    ],
+)
+def test_entries_of_lists_and_of_maps_by_name_are_closed(values: dict[str, Any], path: str) -> None:
+    assert any(path in text.split(": ")[0] for text in problems(values)), problems(values)
 
 
 def test_schema_describes_every_key_of_the_values() -> None:

@@ -19,6 +19,11 @@ which reads it again.
 {{- ternary "grpc" .protocol (and (eq $hasTls "true") (eq .protocol "kubernetes.io/h2c")) -}}
 {{- end -}}
 
+{{/* The same for the HTTP port. */}}
+{{- define "kleash.httpProtocol" -}}
+{{- ternary "https" "http" (eq (include "kleash.hasTls" .) "true") -}}
+{{- end -}}
+
 {{/* A name that every certificate of the release holds: replicas are called by their pods' addresses. */}}
 {{- define "kleash.tlsServerName" -}}
 {{- $shared := printf "%s.%s.svc" (include "kleash.fullname" .) .Release.Namespace -}}
@@ -95,7 +100,7 @@ Takes root, component, callers, keys: of the values.
 {{- toJson (uniq (concat $own $extra)) -}}
 {{- end -}}
 
-{{/* Keys of a server's configuration, as JSON. Takes root, component, callers, keys. */}}
+{{/* Keys of a server's configuration, as JSON. Takes root, component, key, callers, keys. */}}
 {{- define "kleash.serverSecurity" -}}
 {{- $auth := .root.Values.auth -}}
 {{- $config := dict -}}
@@ -110,6 +115,8 @@ Takes root, component, callers, keys: of the values.
 {{- if eq $auth.mode "serviceAccount" }}{{ $_ := set $mode "audience" (include "kleash.audience" .root) }}{{ end -}}
 {{- $_ := set $config "auth" $mode -}}
 {{- end -}}
+{{- $audit := (index .root.Values .key).audit -}}
+{{- if ne $audit "auto" }}{{ $_ := set $config "audit" $audit }}{{ end -}}
 {{- toJson $config -}}
 {{- end -}}
 

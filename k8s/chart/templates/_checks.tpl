@@ -1,6 +1,7 @@
 {{/* What the schema cannot see: values that do not fit together. Each message ends with the remedy. */}}
 
 {{- define "kleash.check" -}}
+{{- include "kleash.checkReward" . -}}
 {{- include "kleash.checkModels" . -}}
 {{- include "kleash.checkAuth" . -}}
 {{- include "kleash.checkJobs" . -}}
@@ -37,6 +38,9 @@
 {{- $isUsed := false -}}
 {{- range list .Values.policy .Values.reward .Values.reference .Values.sft .Values.rewardModel -}}
 {{- if regexMatch "^(demo://|pvc:///demo/)" .model.uri }}{{ $isUsed = true }}{{ end -}}
+{{- end -}}
+{{- range (include "kleash.rewardModels" . | fromJson).items -}}
+{{- if regexMatch "^(demo://|pvc:///demo/)" .spec.uri }}{{ $isUsed = true }}{{ end -}}
 {{- end -}}
 {{- if not $isUsed -}}
 {{- fail "demo.enabled is true and no model is one of the demo, whose prompts and learning rates the trainer would get; set demo.enabled=false" -}}
@@ -136,8 +140,14 @@ configuration that name no Service of the release.
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- $key := include "kleash.componentOf" (dict "root" . "service" "reward") -}}
+{{- range (include "kleash.rewardModels" . | fromJson).items -}}
+{{- if and $values.reward.enabled .config.remote (not (index $values $key).extraEgress) -}}
+{{- fail (printf "reward.models.%s.config.remote is %s, outside of the release, and the NetworkPolicy of the reward service keeps the way there closed; set %s.extraEgress to a rule that leads there" .name .config.remote $key) -}}
+{{- end -}}
+{{- end -}}
 {{- $publisher := dig "weights" "publisher" "" $values.policy.config -}}
-{{- $key := include "kleash.componentOf" (dict "root" . "service" "policy") -}}
+{{- $key = include "kleash.componentOf" (dict "root" . "service" "policy") -}}
 {{- if and $values.policy.enabled $publisher (not (index $values $key).extraEgress) -}}
 {{- fail (printf "policy.config.weights.publisher is %s, outside of the release, and the policy's NetworkPolicy keeps the way there closed; set %s.extraEgress to a rule that leads there" $publisher $key) -}}
 {{- end -}}

@@ -17,6 +17,13 @@ the loopback, where `kubectl port-forward` comes from. Takes root, component, ke
 {{- $_ := set $config "drain_grace_s" $seconds -}}
 {{- $_ := set $config "max_request_s" $seconds -}}
 {{- end -}}
+{{- if include "kleash.hasHttp" (dict "root" .root "services" .keys) -}}
+{{- $_ := set $config "http_port" 8080 -}}
+{{- if and (has "reward" .keys) .root.Values.reward.http.allowedOrigins -}}
+{{- $_ := set $config "http_allowed_origins" .root.Values.reward.http.allowedOrigins -}}
+{{- end -}}
+{{- end -}}
+{{- with include "kleash.quotas" . | fromJsonArray }}{{ $_ := set $config "quotas" . }}{{ end -}}
 {{- $config = merge $config (include "kleash.serverSecurity" . | fromJson) -}}
 {{- include "kleash.merge" (dict "base" $config "over" $values.server) -}}
 {{- end -}}
@@ -36,8 +43,14 @@ the loopback, where `kubectl port-forward` comes from. Takes root, component, ke
 {{- $_ := set $args "callers" (include "kleash.callersOf" $args | fromJsonArray) -}}
 {{- $config := dict "server" (include "kleash.server" $args | fromJson) -}}
 {{- range $service := $workload.services -}}
+{{- $section := dict -}}
+{{- $hasModels := and (eq $service "reward") $root.Values.reward.models -}}
+{{- if $hasModels -}}
+{{- $section = include "kleash.rewardSection" $root | fromJson -}}
+{{- else -}}
 {{- $model := include "kleash.model" (dict "root" $root "uri" (include "kleash.modelUri" (dict "root" $root "service" $service))) | fromJson -}}
-{{- $section := dict "model" $model.folder "name" $model.name -}}
+{{- $section = dict "model" $model.folder "name" $model.name -}}
+{{- end -}}
 {{- if eq $service "policy" -}}
 {{- $weights := dict "spool" "/cache/weights" -}}
 {{- if $root.Values.trainer.enabled -}}
@@ -45,7 +58,7 @@ the loopback, where `kubectl port-forward` comes from. Takes root, component, ke
 {{- end -}}
 {{- $_ := set $section "weights" $weights -}}
 {{- end -}}
-{{- if $root.Values.demo.enabled -}}
+{{- if and $root.Values.demo.enabled (not $hasModels) -}}
 {{- $section = include "kleash.merge" (dict "base" $section "over" (index $root.Values.demo (printf "%sConfig" $service))) | fromJson -}}
 {{- end -}}
 {{- $section = include "kleash.merge" (dict "base" $section "over" (index $root.Values $service).config) | fromJson -}}

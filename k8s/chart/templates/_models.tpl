@@ -35,16 +35,23 @@ the same URI is the same model. Takes own: the values of a model, from: such a m
 {{- toJson $spec -}}
 {{- end -}}
 
-{{/* Model of a service: given, the policy's, or what a Job of the release makes. Takes root, service. */}}
+{{/*
+Model of a service: given, the policy's, or what a Job of the release makes; of several reward models that
+for calls that name none. Takes root, service.
+*/}}
 {{- define "kleash.serviceModel" -}}
 {{- $values := .root.Values -}}
 {{- $own := deepCopy (index $values .service).model -}}
 {{- $from := dict -}}
+{{- if and (eq .service "reward") $values.reward.models -}}
+{{- $default := include "kleash.rewardDefault" .root -}}
+{{- range (include "kleash.rewardModels" .root | fromJson).items }}{{ if eq .name $default }}{{ $own = .spec }}{{ end }}{{ end -}}
+{{- end -}}
 {{- if eq .service "reference" -}}
 {{- $from = include "kleash.serviceModel" (dict "root" .root "service" "policy") | fromJson -}}
 {{- else if and (not $own.uri) (eq .service "policy") $values.sft.enabled -}}
 {{- $_ := set $own "uri" (include "kleash.stageUri" (dict "root" .root "stage" "sft")) -}}
-{{- else if and (not $own.uri) (eq .service "reward") $values.rewardModel.enabled -}}
+{{- else if and (not $own.uri) (eq .service "reward") $values.rewardModel.enabled (not $values.reward.models) -}}
 {{- $_ := set $own "uri" (include "kleash.stageUri" (dict "root" .root "stage" "reward-model")) -}}
 {{- end -}}
 {{- include "kleash.modelSpec" (dict "own" $own "from" $from) -}}
@@ -106,8 +113,14 @@ each folder once. Takes root, component.
 {{- else if has .component (list "policy" "reward" "reference" "packed") -}}
 {{- $services := ternary $root.Values.packed.services (list .component) (eq .component "packed") -}}
 {{- range $service := $services -}}
+{{- if and (eq $service "reward") $root.Values.reward.models -}}
+{{- range (include "kleash.rewardModels" $root | fromJson).items -}}
+{{- if .spec.uri }}{{ $wanted = append $wanted (dict "label" (printf "reward-%s" .name) "uri" .spec.uri "spec" .spec) }}{{ end -}}
+{{- end -}}
+{{- else -}}
 {{- $spec := include "kleash.serviceModel" (dict "root" $root "service" $service) | fromJson -}}
 {{- $wanted = append $wanted (dict "label" $service "uri" $spec.uri "spec" $spec) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $items := list -}}
@@ -176,6 +189,9 @@ the Hugging Face Hub. Takes root, component.
 {{- $uses := has .component (list "trainer" "demo" "sft" "reward-model") -}}
 {{- range (include "kleash.podModels" . | fromJson).items -}}
 {{- if .model.usesRuns }}{{ $uses = true }}{{ end -}}
+{{- end -}}
+{{- if eq .component (include "kleash.componentOf" (dict "root" .root "service" "reward")) -}}
+{{- range .root.Values.reward.config.model_folders }}{{ if regexMatch "^/runs(/|$)" . }}{{ $uses = true }}{{ end }}{{ end -}}
 {{- end -}}
 {{- if $uses }}true{{ end -}}
 {{- end -}}

@@ -35,6 +35,7 @@ config; args: of the command line, argsAt: their path, flag: what a key is prece
 {{- range $key, $port := dict "port" 50051 "health_port" 8081 "metrics_port" 9090 }}
 {{ $key }}: "pods, Services, probes and NetworkPolicies of the chart name port {{ $port }}; take it out"
 {{- end }}
+http_port: "Services and NetworkPolicies must know of it; use reward.http.enabled or trainer.http.enabled, as no other process has one"
 {{- range $key := list "cert" "key" }}
 tls.{{ $key }}: "clients of the release would not know of it; use auth.tls"
 {{- end }}
@@ -75,9 +76,21 @@ auth.{{ $key }}: "clients of the release would not know of it; use auth.mode and
 {{- range list "drain_grace_s" "max_request_s" }}{{ $_ := set $rules . (printf $grace $longest) }}{{ end -}}
 {{- $callers := ternary "allowedCallers of the service" (printf "%s.allowedCallers" .key) (eq .key "packed") -}}
 {{- $_ := set $rules "auth.allowed_callers" (printf "the release's own pods would be missing; use %s" $callers) -}}
+{{- $_ := set $rules "http_allowed_origins" "the reward service has a value for it; use reward.http.allowedOrigins" -}}
+{{- $_ := set $rules "audit" (printf "it has a value of its own; use %s.audit" .key) -}}
+{{- if hasKey $values "quotas" }}{{ $_ := set $rules "quotas" (printf "the release's own trainer would be missing; use %s.quotas" .key) }}{{ end -}}
 {{- include "kleash.refuse" (merge (dict "rules" $rules "at" (printf "%s.server" .key) "config" $values.server "flag" "server[.]") $args) -}}
 {{- range $service := .services -}}
 {{- $rules := dict "model" (printf "an init container brings the model; use %s.model.uri" $service) -}}
+{{- if eq $service "reward" -}}
+{{- $_ := set $rules "models" "init containers bring the models; use reward.models" -}}
+{{- $_ := set $rules "default" "the trainer's value network starts from that model; use reward.default" -}}
+{{- if $.root.Values.reward.models -}}
+{{- range list "name" "function" "ensemble" "remote" }}{{ $_ := set $rules . "it does nothing beside reward.models; use reward.models.NAME.config" }}{{ end -}}
+{{- else -}}
+{{- range list "function" "ensemble" "remote" }}{{ $_ := set $rules . "a pod brings reward.model beside it; use reward.models.NAME.config, with reward.model.uri=\"\"" }}{{ end -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq $service "policy") $.root.Values.trainer.enabled -}}
 {{- $_ := set $rules "weights.publisher" "the policy gets its weights from the trainer of the release; set trainer.enabled=false for another one" -}}
 {{- end -}}
@@ -94,6 +107,7 @@ auth.{{ $key }}: "clients of the release would not know of it; use auth.mode and
 {{- $args := dict "args" $trainer.extraArgs "argsAt" "trainer.extraArgs" -}}
 {{- $server := include "kleash.serverRules" . | fromYaml -}}
 {{- $_ := set $server "auth.allowed_callers" "the release's own pods would be missing; use trainer.allowedCallers" -}}
+{{- $_ := set $server "audit" "it has a value of its own; use trainer.audit" -}}
 {{- include "kleash.refuse" (merge (dict "rules" $server "at" "trainer.server" "config" $trainer.server "flag" "server[.]") $args) -}}
 {{- $run := "the folder and the record of a run follow from its name; use run.id" -}}
 {{- $rules := dict "out" $run "run_id" $run -}}

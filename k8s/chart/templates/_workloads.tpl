@@ -54,6 +54,13 @@ One Deployment per service, or several services in the one Deployment of `packed
 {{- get (dict "reward-model" "rewardModel" "test" "tests") . | default . -}}
 {{- end -}}
 
+{{/* "true" when a process has the HTTP port. Takes root, services: those that it serves. */}}
+{{- define "kleash.hasHttp" -}}
+{{- $has := false -}}
+{{- range .services }}{{ if ((index $.root.Values .).http).enabled }}{{ $has = true }}{{ end }}{{ end -}}
+{{- if $has }}true{{ end -}}
+{{- end -}}
+
 {{/* Full name of a service's gRPC service. */}}
 {{- define "kleash.grpcService" -}}
 {{- printf "kleash.%s.v1.%sService" . (title .) -}}

@@ -41,6 +41,15 @@
     {{- end }}
   ports:
     {{- include "kleash.tcp" (list 50051) | nindent 4 }}
+{{- if include "kleash.hasHttp" . }}
+{{- /* Without a peer the rule would let everybody in. */}}
+{{- with concat $policy.rewardClients $policy.rewardHttpClients }}
+- from:
+    {{- toYaml . | nindent 4 }}
+  ports:
+    {{- include "kleash.tcp" (list 8080) | nindent 4 }}
+{{- end }}
+{{- end }}
 {{- else if eq .component "trainer" -}}
 {{- if or .root.Values.policy.enabled $policy.weightsClients }}
 - from:
@@ -60,6 +69,12 @@
     {{- end }}
   ports:
     {{- include "kleash.tcp" (list 50051) | nindent 4 }}
+{{- if and $policy.trainerClients (include "kleash.hasHttp" (dict "root" .root "services" (list "trainer"))) }}
+- from:
+    {{- toYaml $policy.trainerClients | nindent 4 }}
+  ports:
+    {{- include "kleash.tcp" (list 8080) | nindent 4 }}
+{{- end }}
 {{- end }}
 {{- if and $policy.monitoringNamespace (or .services (eq .component "trainer")) }}
 - from:

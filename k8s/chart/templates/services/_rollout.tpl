@@ -28,13 +28,12 @@ rollingUpdate:
 {{- end }}
 {{- end -}}
 
-{{/* Seconds for a pod to get its model, to start and to become ready, with ten minutes to spare. Takes root, workload. */}}
+{{/* Seconds for a pod to get its models, to start and to become ready, with ten minutes to spare. Takes root, workload. */}}
 {{- define "kleash.progressDeadline" -}}
 {{- $startup := .root.Values.probes.startup -}}
 {{- $seconds := add 600 (mul (int $startup.periodSeconds) (int $startup.failureThreshold)) -}}
-{{- range .workload.services -}}
-{{- $model := include "kleash.serviceModel" (dict "root" $.root "service" .) | fromJson -}}
-{{- $seconds = add $seconds (int $model.waitSeconds) -}}
+{{- range (include "kleash.podModels" (dict "root" .root "component" .workload.component) | fromJson).items -}}
+{{- $seconds = add $seconds (int .waitSeconds) -}}
 {{- end -}}
 {{- $seconds -}}
 {{- end -}}
