@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Literal
 
+from kleash.base import tracing
+
 
 class _JsonFormatter(logging.Formatter):
     """One JSON object a line, for log collectors."""
@@ -20,6 +22,8 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if trace_id := tracing.current_trace_id():
+            entry["trace_id"] = trace_id
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ import grpc
 from kleash.base.errors import RemoteError
 from kleash.common.v1 import common_pb2
 from kleash.rpc.aio_channel import AioChannel
+from kleash.rpc.call_spans import client_call
+from kleash.rpc.client_metrics import count_retry
 from kleash.rpc.errors import (
     Cancelled,
     Overloaded,
@@ -90,7 +93,11 @@ def run_calls(function: Callable[[Q], A], requests: Sequence[Q], *, parallel: in
     if parallel == 1 or len(requests) < 2:
         return [function(request) for request in requests]
     with ThreadPoolExecutor(min(parallel, len(requests))) as threads:
-        answers = [threads.submit(function, request) for request in requests]
+        # With the caller's context, which holds its trace.
+        answers = [
+            threads.submit(contextvars.copy_context().run, function, request)
+            for request in requests
+        ]
         try:
             return [answer.result() for answer in answers]
         except BaseException:
@@ -141,17 +148,23 @@ class Patience:
         return pause
 
 
-def remote_call(stub: Any, *, address: str, timeout_s: float, max_wait_s: float = 0.0) -> Call:
-    """Calls over gRPC: a deadline on each, waits included, errors as kleash.rpc.errors."""
+def remote_call(
+    stub: Any, *, service: str, address: str, timeout_s: float, max_wait_s: float = 0.0
+) -> Call:
+    """Calls of ``service``: a deadline on each, waits included, errors as kleash.rpc.errors."""
 
     def call(method: str, request: Any) -> Any:
         patience = Patience(timeout_s=timeout_s, max_wait_s=max_wait_s)
         while True:
             try:
-                return getattr(stub, method)(request, timeout=patience.left_s)
+                with client_call(service, method, address) as metadata:
+                    return getattr(stub, method)(
+                        request, timeout=patience.left_s, metadata=metadata
+                    )
             except grpc.RpcError as error:
                 fault = from_rpc_error(error, address=address)
             time.sleep(patience.pause_s(fault))
+            count_retry(service, method)
 
     return call
 
@@ -179,7 +192,7 @@ async def run_aio_calls(
 
 
 def aio_remote_call(
-    channel: AioChannel, *, address: str, timeout_s: float, max_wait_s: float
+    channel: AioChannel, *, service: str, address: str, timeout_s: float, max_wait_s: float
 ) -> AioCall:
     """As remote_call, for asyncio. Cancelling the task cancels the call on the server, too."""
 
@@ -188,15 +201,17 @@ def aio_remote_call(
         while True:
             try:
                 async with channel.call() as (stub, metadata):
-                    return await getattr(stub, method)(
-                        request, timeout=patience.left_s, metadata=metadata
-                    )
+                    with client_call(service, method, address) as trace:
+                        return await getattr(stub, method)(
+                            request, timeout=patience.left_s, metadata=(*metadata, *trace)
+                        )
             except grpc.RpcError as error:
                 fault = from_rpc_error(error, address=address)
             except asyncio.CancelledError:
                 raise_if_closed()
                 raise
             await asyncio.sleep(patience.pause_s(fault))
+            count_retry(service, method)
 
     return call
 

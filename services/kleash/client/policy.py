@@ -8,6 +8,7 @@ import grpc
 
 from kleash.client.types import FinishReason, GeneratedSequence, Prompt, Sampling, VersionSpan
 from kleash.policy.v1 import policy_pb2, policy_pb2_grpc
+from kleash.rpc.call_spans import client_call
 from kleash.rpc.channel import connect
 from kleash.rpc.codec import decode_floats, decode_ids, encode_ids
 from kleash.rpc.credentials import Credentials
@@ -121,20 +122,22 @@ class PolicyClient(PolicyCalls):
 
     def _get_policy(self, request: policy_pb2.GetPolicyRequest) -> policy_pb2.GetPolicyResponse:
         try:
-            return self._stub.GetPolicy(request, timeout=self._timeout_s)
+            with client_call(SERVICE, "GetPolicy", self._address) as trace:
+                return self._stub.GetPolicy(request, timeout=self._timeout_s, metadata=trace)
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self._address) from None
 
     def _generate(
         self, request: policy_pb2.GenerateRequest
     ) -> Iterator[policy_pb2.GenerateResponse]:
-        call = self._stub.Generate(request, timeout=self._timeout_s)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self._address) from None
-        finally:
-            call.cancel()
+        with client_call(SERVICE, "Generate", self._address) as trace:
+            call = self._stub.Generate(request, timeout=self._timeout_s, metadata=trace)
+            try:
+                yield from call
+            except grpc.RpcError as error:
+                raise from_rpc_error(error, address=self._address) from None
+            finally:
+                call.cancel()
 
 
 def _prompt(prompt: Prompt) -> policy_pb2.Prompt:

@@ -114,7 +114,7 @@ class ReferenceClient(ReferenceCalls):
         )
         stub = reference_pb2_grpc.ReferenceServiceStub(self._channel)
         super().__init__(
-            remote_call(stub, address=address, timeout_s=timeout_s),
+            remote_call(stub, service=SERVICE, address=address, timeout_s=timeout_s),
             parallel_calls=parallel_calls,
         )
 

@@ -36,6 +36,7 @@ from kleash.client.reward_settings import ClientOptions, OptionKeywords, setting
 from kleash.client.types import Tokens
 from kleash.common.v1 import common_pb2
 from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
+from kleash.rpc.call_spans import client_call
 from kleash.rpc.channel import connect
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import InvalidRequest, from_rpc_error
@@ -191,6 +192,7 @@ class RewardClient(RewardCalls):
     def _new_call(self) -> Call:
         return remote_call(
             self._stub,
+            service=SERVICE,
             address=self._address,
             timeout_s=self._options.timeout_s,
             max_wait_s=self._options.max_wait_s,
@@ -244,16 +246,17 @@ class RewardClient(RewardCalls):
             except Exception as error:  # a thread of gRPC runs this; its caller would not be told
                 failures.append(error)
 
-        responses = self._stub.ScoreStream(requests(), timeout=timeout_s)
-        try:
-            for response in responses:
-                yield read_score(int(response.result.item_id), response.result, response.model)
-            if failures:
-                raise failures[0]
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self._address) from None
-        finally:
-            responses.cancel()  # a caller who stops early has ended the stream, too
+        with client_call(SERVICE, "ScoreStream", self._address) as trace:
+            responses = self._stub.ScoreStream(requests(), timeout=timeout_s, metadata=trace)
+            try:
+                for response in responses:
+                    yield read_score(int(response.result.item_id), response.result, response.model)
+                if failures:
+                    raise failures[0]
+            except grpc.RpcError as error:
+                raise from_rpc_error(error, address=self._address) from None
+            finally:
+                responses.cancel()  # a caller who stops early has ended the stream, too
 
     def close(self) -> None:
         """Close the connection; calls under way are cancelled."""

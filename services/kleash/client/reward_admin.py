@@ -27,7 +27,7 @@ class RewardAdminClient:
             address, service=SERVICE, methods_to_retry=(), credentials=credentials
         )
         stub = admin_pb2_grpc.RewardAdminServiceStub(self._channel)
-        self._call = remote_call(stub, address=address, timeout_s=timeout_s)
+        self._call = remote_call(stub, service=SERVICE, address=address, timeout_s=timeout_s)
 
     def load_model(
         self, folder: str, *, model: str = "", revision: str = ""

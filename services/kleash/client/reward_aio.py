@@ -39,6 +39,7 @@ from kleash.client.types import Tokens
 from kleash.common.v1 import common_pb2
 from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
 from kleash.rpc.aio_channel import AioChannel
+from kleash.rpc.call_spans import client_call
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import InvalidRequest, from_rpc_error
 
@@ -81,6 +82,7 @@ class AsyncRewardClient:
         self._plans = RewardPlans(chosen.model, chosen.revision)
         self._call = aio_remote_call(
             self._channel,
+            service=SERVICE,
             address=self._address,
             timeout_s=chosen.timeout_s,
             max_wait_s=chosen.max_wait_s,
@@ -171,19 +173,23 @@ class AsyncRewardClient:
                 failures.append(error)
 
         async with self._channel.call() as (stub, metadata):
-            responses = stub.ScoreStream(requests(), timeout=timeout_s, metadata=metadata)
-            try:
-                async for response in responses:
-                    yield read_score(int(response.result.item_id), response.result, response.model)
-                if failures:
-                    raise failures[0]
-            except grpc.RpcError as error:
-                raise from_rpc_error(error, address=self._address) from None
-            except asyncio.CancelledError:
-                raise_if_closed()
-                raise
-            finally:
-                responses.cancel()  # a caller who stops early has ended the stream, too
+            with client_call(SERVICE, "ScoreStream", self._address) as trace:
+                responses = stub.ScoreStream(
+                    requests(), timeout=timeout_s, metadata=(*metadata, *trace)
+                )
+                try:
+                    async for response in responses:
+                        index = int(response.result.item_id)
+                        yield read_score(index, response.result, response.model)
+                    if failures:
+                        raise failures[0]
+                except grpc.RpcError as error:
+                    raise from_rpc_error(error, address=self._address) from None
+                except asyncio.CancelledError:
+                    raise_if_closed()
+                    raise
+                finally:
+                    responses.cancel()  # a caller who stops early has ended the stream, too
 
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled."""

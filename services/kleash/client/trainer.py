@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grpc
@@ -32,7 +32,10 @@ class TrainerClient:
         self.address = address
         self._timeout_s = timeout_s
         self._channel = connect(
-            address, service=SERVICE, methods_to_retry=("GetRun",), credentials=credentials
+            address,
+            service=SERVICE,
+            methods_to_retry=("GetRun", "ListSamples"),
+            credentials=credentials,
         )
         self._stub = trainer_pb2_grpc.TrainerServiceStub(self._channel)
 
@@ -65,6 +68,27 @@ class TrainerClient:
                 if isinstance(error, DeadlineExceeded):
                     give_up = time.monotonic() + 60
             time.sleep(RECONNECT_WAIT_S)
+
+    def watch_run(
+        self, from_step: int = 0
+    ) -> Generator[trainer_pb2.WatchStepsResponse, None, None]:
+        """Yield the run, then steps as ``watch_steps`` and the run whenever it has changed.
+
+        On one connection: raises ServiceError when that ends before the run does. Closing the
+        generator ends the call.
+        """
+        request = trainer_pb2.WatchStepsRequest(from_step=from_step, include_run=True)
+        call = self._stub.WatchSteps(request)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address=self.address) from None
+        finally:
+            call.cancel()
+
+    def list_samples(self) -> trainer_pb2.ListSamplesResponse:
+        """The newest responses that the run kept to be read, token by token."""
+        return self._call(self._stub.ListSamples, trainer_pb2.ListSamplesRequest())
 
     def pause(self) -> trainer_pb2.PauseResponse:
         """Let the step in progress finish and then wait."""

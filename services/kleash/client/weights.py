@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import grpc
 
+from kleash.base.tracing import Pairs
+from kleash.rpc.call_spans import client_call
 from kleash.rpc.channel import connect
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import from_rpc_error
@@ -30,6 +33,7 @@ class _Client:
         credentials: Credentials | None,
     ) -> None:
         self.address = address
+        self._service = service
         self._timeout_s = timeout_s
         self._channel = connect(
             address, service=service, methods_to_retry=methods_to_retry, credentials=credentials
@@ -37,20 +41,26 @@ class _Client:
 
     def _call(self, method: Callable[..., X], request: Any, timeout_s: float | None = None) -> X:
         try:
-            return method(request, timeout=timeout_s or self._timeout_s)
+            with self._traced(request) as trace:
+                return method(request, timeout=timeout_s or self._timeout_s, metadata=trace)
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self.address) from None
 
     def _stream(
         self, method: Callable[..., Any], request: Any, timeout_s: float | None
     ) -> Iterator[Any]:
-        call = method(request, timeout=timeout_s)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, address=self.address) from None
-        finally:
-            call.cancel()
+        with self._traced(request) as trace:
+            call = method(request, timeout=timeout_s, metadata=trace)
+            try:
+                yield from call
+            except grpc.RpcError as error:
+                raise from_rpc_error(error, address=self.address) from None
+            finally:
+                call.cancel()
+
+    def _traced(self, request: Any) -> AbstractContextManager[Pairs]:
+        method = type(request).__name__.removesuffix("Request")
+        return client_call(self._service, method, self.address)
 
     def close(self) -> None:
         """Close the connection."""

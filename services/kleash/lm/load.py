@@ -19,6 +19,7 @@ import torch
 from kleash.base.durable import flush_folder, flush_tree
 from kleash.base.errors import ConfigError, ModelError
 from kleash.lm.config import Dtype
+from kleash.lm.gpu_memory import export_gpu_memory
 
 
 def check_model_folder(folder: Path | str) -> Path:
@@ -319,7 +320,7 @@ def _load(auto_class: str, folder: Path | str, dtype: Dtype | Literal["auto"], d
     import transformers
 
     folder = check_model_folder(folder)
-    check_device(device)
+    export_gpu_memory(check_device(device))
     _quiet_transformers()
     try:
         model, loading = getattr(transformers, auto_class).from_pretrained(

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kleash.base import metrics
+from kleash.base.exemplar import exemplar_of
 from kleash.lm.decode import Decoded, Decoder, DecodeRequest
 from kleash.lm.generate import refill_count
 from kleash.policy.budget import TokenBudget
@@ -72,6 +73,7 @@ class DecodeLoop:
         self._running_requests = metrics.RUNNING_REQUESTS.labels(*labels)
         self._queue_wait = metrics.QUEUE_WAIT_SECONDS.labels(*labels)
         self._step_seconds = metrics.COMPUTE_SECONDS.labels(*labels)
+        metrics.QUEUE_LIMIT_TOKENS.labels(*labels).set(max_queued_tokens)
 
     def start(self) -> None:
         """Start the thread."""
@@ -220,6 +222,8 @@ class DecodeLoop:
             if idle and self._is_stopping:
                 return False
             self._is_idle = idle
+            if idle:
+                self._show_queue()
             try:
                 command = self._inbox.get(block=idle)
             except queue.Empty:
@@ -249,7 +253,9 @@ class DecodeLoop:
                 self.decoder.refill_cache()
         finally:  # whatever became of the rows, the weights are in place
             self._last_progress = time.monotonic()
-            commit.future.set_result(Committed(result, time.monotonic_ns() - begin))
+            pause_ns = time.monotonic_ns() - begin
+            metrics.WEIGHTS_UPDATE_PAUSE_SECONDS.observe(pause_ns / 1e9)
+            commit.future.set_result(Committed(result, pause_ns))
 
     def _advance(self) -> None:
         begin = time.monotonic()
@@ -295,8 +301,8 @@ class DecodeLoop:
         self._budget.give_back(sum(map(self._cost, requests)))
         for generation in {self._generation_of[request] for request in requests}:
             if not generation.is_running:
-                generation.is_running = True
-                self._queue_wait.observe(now - generation.submitted)
+                generation.started = now
+                self._queue_wait.observe(now - generation.submitted, exemplar_of(generation.span))
         self.decoder.add(requests)
 
     def _deliver(self, generation: Generation, responses: list[Decoded]) -> None:
@@ -317,6 +323,7 @@ class DecodeLoop:
                 )
                 return
         metrics.ITEMS.labels("policy", "OK").inc(len(responses))
+        metrics.POLICY_GENERATED_TOKENS.inc(sum(len(decoded.ids) for decoded in responses))
         for decoded in responses:
             generation.open.discard(decoded.request)
             del self._generation_of[decoded.request]

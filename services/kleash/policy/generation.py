@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from kleash.base import tracing
 from kleash.lm.decode import Decoded, DecodeRequest
 
 Deliver = Callable[[list[Decoded] | Exception], None]
@@ -20,5 +21,12 @@ class Generation:
         self.open = set(requests)
         """Responses that have not been delivered."""
         self.submitted = time.monotonic()
-        self.is_running = False
-        """A response of it has a slot, or had one."""
+        self.span = tracing.current()
+        """Of the caller's request, when it is traced."""
+        self.started: float | None = None
+        """When the first response of it got a slot."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a response of it has a slot, or had one."""
+        return self.started is not None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xxhash
 
+from kleash.base import tracing
 from kleash.lm.digest import DTYPE_NAMES, canonical_tensors
 from kleash.rpc.errors import PreconditionFailed
 from kleash.weights.codec import (
@@ -163,6 +164,7 @@ class LiveWeights:
             raise
         return saved
 
+    @tracing.measured("swap")
     def apply(self, steps: Sequence[Step], saved: SpoolObject | None, digest: str) -> None:
         """Change the tensors in place until their digest is ``digest``, or not at all.
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from kleash.base import metrics
+from kleash.base import metrics, tracing
 from kleash.policy.commits import Committed, InFlight
 from kleash.policy.decode_loop import DecodeLoop
 from kleash.policy.live import LiveWeights, UndoFailedError
@@ -220,7 +220,7 @@ class WeightsReplica:
                 )
             if staged.commit is None or staged.commit.done():
                 staged.commit = self._loop.commit(
-                    partial(self._apply, staged), mode, timeout_s=timeout_s
+                    tracing.bound(partial(self._apply, staged)), mode, timeout_s=timeout_s
                 )
             return staged.commit
 

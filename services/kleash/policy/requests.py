@@ -56,11 +56,16 @@ class PolicyRequests:
         self._served = served
         self._eos_ids = eos_ids(frozen)
 
+    @property
+    def name(self) -> str:
+        """Of the served model."""
+        return self._frozen.name
+
     def get_policy(self) -> policy_pb2.GetPolicyResponse:
         """Describe the policy."""
         served = self._served()
         return policy_pb2.GetPolicyResponse(
-            model=common_pb2.ServedModel(name=self._frozen.name, revision=served.digest),
+            model=common_pb2.ServedModel(name=self.name, revision=served.digest),
             weights_version=served.version,
             tokenizer_sha256=self._frozen.tokenizer_sha256,
             chat_template_sha256=self._frozen.chat_template_sha256,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from kleash.base import tracing
 from kleash.policy.commits import Committed
 from kleash.policy.live import LiveWeights, Step
 from kleash.rpc.errors import PreconditionFailed, Unavailable
@@ -80,18 +81,20 @@ def stage(
     for manifest in manifests:
         check_manifest(manifest, live.schema, live.schema_digest)
         target = spool.create(manifest.manifest_hash, encoded_bytes(manifest))
-        fetch_object(
-            manifest.manifest_hash,
-            target,
-            sources,
-            on_progress=progress,
-            is_cancelled=is_cancelled,
-        )
+        with tracing.span("receive", bytes=encoded_bytes(manifest)):
+            fetch_object(
+                manifest.manifest_hash,
+                target,
+                sources,
+                on_progress=progress,
+                is_cancelled=is_cancelled,
+            )
         steps.append(Step(manifest, target.view()))
     try:
-        if steps:
-            live.predict(steps)
-        saved = live.save(steps, spool)
+        with tracing.span("stage", weights_version=request.key.version):
+            if steps:
+                live.predict(steps)
+            saved = live.save(steps, spool)
     except PreconditionFailed:
         for manifest in manifests:  # bytes that are wrong must not be kept for the next attempt
             spool.drop(manifest.manifest_hash)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from kleash.base import tracing
 from kleash.client.weights import WeightsStoreClient
 from kleash.lm.frozen import FrozenModel
 from kleash.lm.log_probs import response_log_probs
@@ -77,7 +78,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                     source.close()
                 loop.call_soon_threadsafe(news.put_nowait, None)
 
-        prepared = loop.run_in_executor(self._threads, work)
+        prepared = loop.run_in_executor(self._threads, tracing.bound(work))
         prepared.add_done_callback(_seen)
         while (progress := await news.get()) is not None:
             yield weights_pb2.PrepareResponse(

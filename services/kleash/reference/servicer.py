@@ -15,6 +15,7 @@ from kleash.client.calls import item_code
 from kleash.reference.requests import ReferenceRequests
 from kleash.reference.scorer import LogProbsJob
 from kleash.reference.v1 import reference_pb2, reference_pb2_grpc
+from kleash.rpc import audit
 from kleash.rpc.batcher import Batcher
 from kleash.rpc.work import answer
 
@@ -39,6 +40,7 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         self, request: reference_pb2.LogProbsRequest, context: grpc.aio.ServicerContext
     ) -> reference_pb2.LogProbsResponse:
         """Log-probabilities of a batch of responses."""
+        self._note(num_items=len(request.items))
         response = await answer(
             lambda: self._requests.log_probs(request),
             self._batcher,
@@ -55,4 +57,9 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         self, request: reference_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> reference_pb2.GetModelResponse:
         """Describe the model."""
+        self._note()
         return self._requests.get_model()
+
+    def _note(self, *, num_items: int | None = None) -> None:
+        served = self._requests.served
+        audit.note(model=served.name, revision=served.revision, num_items=num_items)

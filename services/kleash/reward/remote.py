@@ -231,7 +231,9 @@ class RemoteModel(RewardModel):
         )
 
     def _call(self, method: str, request: Any, timeout_s: float) -> Any:
-        call = remote_call(self._stub, address=self._config.remote, timeout_s=timeout_s)
+        call = remote_call(
+            self._stub, service=SERVICE, address=self._config.remote, timeout_s=timeout_s
+        )
         try:
             return call(method, request)
         except NotFound as error:
@@ -282,7 +284,8 @@ def _ask_for_model(channel: Any, config: RewardModelConfig) -> reward_pb2.GetMod
     while True:
         left_s = max(ends - time.monotonic(), 0.001)
         try:
-            told = remote_call(stub, address=config.remote, timeout_s=left_s)("GetModel", request)
+            call = remote_call(stub, service=SERVICE, address=config.remote, timeout_s=left_s)
+            told = call("GetModel", request)
         except Unavailable:
             if time.monotonic() + PAUSE_S >= ends:
                 raise

@@ -18,6 +18,7 @@ import grpc
 
 from kleash.base.errors import ConfigError
 from kleash.rpc.channel import channel_options, target, tls_credentials, watch
+from kleash.rpc.client_metrics import counted_aio
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.pem import Pem
 from kleash.rpc.reloading import Reloading
@@ -80,7 +81,7 @@ class AioChannel:
         old = newest = self._newest
         if newest is None or newest.pem is not pem:
             channel = self._open(pem)
-            newest = self._newest = _Generation(channel, pem, self._make_stub(channel))
+            newest = self._newest = _Generation(channel, pem, self._make_stub(counted_aio(channel)))
         newest.num_calls += 1
         if old is not None and old is not newest:
             if old.num_calls:

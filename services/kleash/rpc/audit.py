@@ -55,7 +55,7 @@ class Facts:
     num_items: int | None = None
     """In the request, good and bad ones; None where a call has none."""
     num_tokens: int | None = None
-    """As the model computes them; None before the request is tokenized."""
+    """As the model computes them, of Generate those generated; None before there are any."""
 
 
 _facts: ContextVar[Facts | None] = ContextVar("kleash_audit", default=None)

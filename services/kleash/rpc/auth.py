@@ -157,7 +157,8 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:
             reason="MISSING_CREDENTIALS",
         )
     scheme, _, token = str(values[0]).partition(" ")
-    if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
+    is_token = bool(token.strip()) and token.isascii()
+    if len(values) > 1 or scheme.lower() != "bearer" or not is_token:
         raise Unauthenticated(
             "the call's metadata 'authorization' is not one value 'Bearer TOKEN'; "
             "KLEASH_TOKEN holds the token alone.",

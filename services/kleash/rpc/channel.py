@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
+from kleash.rpc.client_metrics import counted
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.pem import Pem
 from kleash.rpc.reloading import Reloading
@@ -48,14 +49,14 @@ def connect(
     own = Credentials.from_env() if credentials is None else credentials
     options = channel_options(service, methods_to_retry, own, checks_health)
     if own.is_empty:
-        return grpc.insecure_channel(target(address), options=options)
+        return counted(grpc.insecure_channel(target(address), options=options))
 
     def open_channel(pem: Pem | None) -> grpc.Channel:
         if pem is None:
             return grpc.insecure_channel(target(address), options=options)
         return grpc.secure_channel(target(address), tls_credentials(pem), options=options)
 
-    return RotatingChannel(open_channel, *watch(own))
+    return counted(RotatingChannel(open_channel, *watch(own)))
 
 
 def watch(credentials: Credentials) -> tuple[Reloading[Pem] | None, Callable[[], str] | None]:

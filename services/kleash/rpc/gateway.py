@@ -20,15 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 from kleash.base import metrics
 from kleash.base.errors import UserError
 from kleash.rpc.errors import InvalidRequest, NotFound, ServiceError, Unavailable
 from kleash.rpc.guard import OTHER, UNKNOWN, Guard, Guards, as_service_error, kind_of
 from kleash.rpc.http_answer import METHOD_NOT_ALLOWED, answer_error, answer_json
-from kleash.rpc.http_api import HttpApi, HttpRoute, has_http_api
-from kleash.rpc.http_calls import TIMEOUT_HEADERS, HttpCall, HttpContext, peer_of
+from kleash.rpc.http_api import HttpApi, HttpPage, HttpRoute, has_http_api
+from kleash.rpc.http_calls import (
+    TIMEOUT_HEADERS,
+    HttpCall,
+    HttpContext,
+    expects_to_be_asked,
+    peer_of,
+)
+from kleash.rpc.http_connection import Connection, ConnectionServer
 from kleash.rpc.http_json import dump_json
 from kleash.rpc.http_tls import server_context
 from kleash.rpc.late_handlers import LateHandlers
@@ -102,18 +108,21 @@ class Gateway:
         self._open = self._open_paths(apis)
         self._known = {path for _, path in self._routes} | set(self._open)
         self._kept: dict[HttpRoute, Guard] = {}
-        self._running: set[asyncio.Task[web.StreamResponse]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
         self._sites: list[web.SockSite] = []
         self._is_draining = self._is_ending = False
 
     async def start(self) -> None:
         """Listen."""
-        self._server = _Server(
+        self._server = ConnectionServer(
             self._handle,
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
             logger=logging.getLogger(f"{__name__}.http"),
+            # Also for the head of a request to be there.
+            keepalive_timeout=self._config.max_connection_age_s,
+            send_s=self._config.max_request_s,
         )
         self._runner = web.ServerRunner(self._server, shutdown_timeout=CLOSE_S)
         await self._runner.setup()
@@ -141,7 +150,7 @@ class Gateway:
         await asyncio.sleep(0)  # what has been read by now has a task
         # A new connection, whose request is still on its way, is left to be answered.
         for connection in self._server.connections:
-            if isinstance(connection, _Connection) and connection.is_idle:
+            if isinstance(connection, Connection) and connection.is_idle:
                 connection.force_close()
         if self._running:
             await asyncio.wait(self._running, timeout=grace_s)
@@ -152,19 +161,22 @@ class Gateway:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """In a task of its own: names of callers must not outlive a call on their connection."""
         connection = request.protocol
-        assert isinstance(connection, _Connection)
+        assert isinstance(connection, Connection)
         connection.is_idle = False
+        whole = asyncio.current_task()  # ends when the answer has been sent
+        assert whole is not None
+        self._running.add(whole)
+        whole.add_done_callback(self._running.discard)
         task = asyncio.ensure_future(self._answer(request))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
         try:
             response = await task
         except asyncio.CancelledError:
             if not (task.cancelled() and self._is_ending):
                 raise  # the caller has left
+            whole.uncancel()
             response = answer_error(_stopping(), self._headers(request))
-        finally:
-            connection.is_idle = True
+        if _waits_to_send(request):
+            response.force_close()  # or what comes next would be taken for the body
         age_s = time.monotonic() - connection.born
         if self._is_draining or age_s > self._config.max_connection_age_s:
             response.force_close()
@@ -186,8 +198,9 @@ class Gateway:
         verb = "GET" if request.method == "HEAD" else request.method
         path = request.path
         if path not in self._known:
+            where = "GET /docs tells" if "/docs" in self._known else "the documentation tells"
             raise NotFound(
-                f"there is nothing at {path[:64]!r}; GET /docs tells what there is.",
+                f"there is nothing at {path[:64]!r}; {where} what there is.",
                 reason="NO_SUCH_PATH",
             )
         if verb == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
@@ -258,8 +271,11 @@ class Gateway:
             "/healthz": lambda headers: self._health("liveness", headers),
             "/readyz": lambda headers: self._health("", headers),
         }
-        if self._config.reflection:
-            document = _document([api.openapi for api in apis], self._config.auth.mode)
+        for api in apis:
+            found |= {path: _giving(page) for path, page in api.pages.items()}
+        described = [api.openapi for api in apis if api.openapi is not None]
+        if self._config.reflection and described:
+            document = _document(described, self._config.auth.mode)
             page = PAGE.read_bytes()
             found["/openapi.json"] = lambda headers: answer_json(document, headers)
             found["/docs"] = lambda headers: web.Response(
@@ -282,8 +298,23 @@ class Gateway:
         return request.path if request.path in self._known else OTHER
 
 
+def _waits_to_send(request: web.BaseRequest) -> bool:
+    """Whether the caller may keep the body to itself, as it was not asked for it."""
+    return expects_to_be_asked(request) and not request.content.is_eof()
+
+
 def _stopping() -> Unavailable:
     return Unavailable("the server is stopping; call another one.", reason="DRAINING")
+
+
+def _giving(page: HttpPage) -> Callable[[dict[str, str]], web.Response]:
+    body = page.file.read_bytes()
+    return lambda headers: web.Response(
+        body=body,
+        content_type=page.content_type,
+        charset="utf-8",
+        headers={**headers, "Content-Security-Policy": page.policy},
+    )
 
 
 def _document(paths: Sequence[Path], auth_mode: str) -> bytes:
@@ -299,36 +330,3 @@ def _document(paths: Sequence[Path], auth_mode: str) -> bytes:
             if "security" not in operation:
                 operation["security"] = SECURITY[auth_mode]
     return dump_json(whole)
-
-
-class _Server(web.Server):
-    """Makes a _Connection for each connection."""
-
-    def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
-class _Connection(RequestHandler):
-    """Knows its age, and answers what is no HTTP request in JSON, too."""
-
-    __slots__ = ("born", "is_idle")
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.born = time.monotonic()
-        self.is_idle = False  # from the first answer until the next request
-        super().connection_made(transport)
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,  # noqa: ARG002
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002
-    ) -> web.StreamResponse:
-        if status >= 500 and isinstance(exc, Exception):
-            error = as_service_error(exc, "HTTP")
-        else:
-            error = InvalidRequest("this is not a request of HTTP/1.1.", reason="BAD_HTTP")
-        response = answer_error(error, {"Server": "kleash"})
-        response.force_close()
-        return response

@@ -23,8 +23,11 @@ from google.protobuf.message import DecodeError
 
 from kleash.base import metrics
 from kleash.base.errors import ModelError, UserError
+from kleash.base.exemplar import current_exemplar
+from kleash.base.tracing import Span
 from kleash.rpc import audit
 from kleash.rpc.auth import Gate, caller
+from kleash.rpc.call_spans import note_status, serving
 from kleash.rpc.deadline import set_remaining_s
 from kleash.rpc.errors import (
     DeadlineExceeded,
@@ -140,6 +143,10 @@ class Guard:
 
     async def run(self, call: Callable[[], Awaitable[Any]], context: Any) -> Any:
         """What ``call`` returns. Raises ServiceError, the answer to whatever it raised."""
+        with serving(self._method, context) as span:
+            return await self._run(call, context, span)
+
+    async def _run(self, call: Callable[[], Awaitable[Any]], context: Any, span: Span) -> Any:
         self._started.inc()
         facts = audit.expect()
         began = time.monotonic()
@@ -172,7 +179,8 @@ class Guard:
             self.reception.quotas.end()
             seconds = time.monotonic() - began
             metrics.GRPC_HANDLED.labels(*self._labels, code.name).inc()
-            self._seconds.observe(seconds)
+            self._seconds.observe(seconds, current_exemplar())
+            note_status(span, code)
             if self._audits:
                 audit.record(
                     caller=caller(),

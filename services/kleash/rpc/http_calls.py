@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
 from google.protobuf.message import Message
 
 from kleash.base import metrics
-from kleash.rpc.errors import DeadlineExceeded, InvalidRequest, ServiceError
+from kleash.rpc.errors import Cancelled, DeadlineExceeded, InvalidRequest, ServiceError
 from kleash.rpc.guard import Guard, respond
 from kleash.rpc.http_answer import (
     MESSAGE_TOO_LARGE,
@@ -23,7 +23,8 @@ from kleash.rpc.http_answer import (
     answer_json,
     error_json,
 )
-from kleash.rpc.http_api import HttpRoute
+from kleash.rpc.http_api import Event, HttpRoute
+from kleash.rpc.http_events import READER_LEFT, SLOW_READER_S, EventStream
 from kleash.rpc.http_json import dump_json, parse_json, read_message, read_query, write_message
 from kleash.rpc.http_tls import auth_context
 from kleash.rpc.requests import TOO_LARGE
@@ -100,6 +101,8 @@ class HttpCall:
 
     async def answer(self) -> web.StreamResponse:
         """Raises ServiceError, as long as nothing has been sent."""
+        if self.route.event is not None:
+            return await self._events(self.route.event)
         if self.handler.response_streaming:
             return await self._stream()
         body = await self.guard.run(lambda: self._within_its_time(self._unary), self.context)
@@ -113,7 +116,8 @@ class HttpCall:
         assert self.handler.unary_unary is not None
         query = _query(self.request)
         if self.route.verb == "GET":
-            message = read_query(self._type, query)
+            read = self.route.read
+            message = read(None, query) if read else read_query(self._type, query)
         else:
             _check_type(self.request, is_stream=False)
             raw = await read_body(self.request, self.max_bytes)
@@ -137,8 +141,27 @@ class HttpCall:
         except ServiceError as error:
             if not lines.is_begun:
                 raise
-            await lines.end_with(error)
+            return await lines.finished(error)
         return await lines.finished()
+
+    async def _events(self, event_of: Callable[[Any], Event]) -> web.StreamResponse:
+        behavior: Any = self.handler.unary_stream
+        assert behavior is not None
+        assert self.route.read is not None
+        read, stream = self.route.read, EventStream(self.request, self.headers)
+
+        async def send() -> None:
+            message = read(self.request.headers.get("Last-Event-ID"), _query(self.request))
+            self.guard.reception.note_text(message)
+            await stream.send_all(behavior(message, self.context), event_of)
+
+        try:
+            await self.guard.run(lambda: self._within_its_time(send), self.context)
+        except ServiceError as error:
+            if not stream.is_begun:
+                raise
+            await stream.end_with(error)
+        return await stream.finished()
 
     async def _messages(self) -> AsyncIterator[Message]:
         _check_type(self.request, is_stream=True)
@@ -196,6 +219,7 @@ class _ResponseLines:
         self._response = web.StreamResponse(headers=call.headers)
         self._response.content_type = "application/x-ndjson"
         self._one_at_a_time = asyncio.Lock()
+        self._is_stuck = False  # in a line, perhaps for good
         self.is_begun = False
 
     def __getattr__(self, name: str) -> Any:
@@ -205,25 +229,43 @@ class _ResponseLines:
         """Send a line; waits for a reader that is slow."""
         await self._send(dump_json(write_message(message)))
 
-    async def end_with(self, error: ServiceError) -> None:
-        """The last line tells what went wrong: the status has been sent."""
-        await self._send(dump_json(error_json(error)))
+    async def finished(self, error: ServiceError | None = None) -> web.StreamResponse:
+        """The response, sent to its end, or cut off where nobody takes that.
 
-    async def finished(self) -> web.StreamResponse:
-        """The response, sent to its end."""
-        await self._begin()
-        await self._response.write_eof()
+        The last line tells what went wrong: the status has been sent.
+        """
+        try:
+            if self._is_stuck:
+                raise TimeoutError
+            async with asyncio.timeout(SLOW_READER_S):
+                if error is not None:
+                    await self._send(dump_json(error_json(error)))
+                await self._begin()
+                await self._response.write_eof()
+        except (TimeoutError, ConnectionError, Cancelled):
+            self._call.request.protocol.force_close()
         return self._response
 
     async def _send(self, line: bytes) -> None:
         async with self._one_at_a_time:
-            await self._begin()
-            await self._response.write(line + b"\n")
+            self._is_stuck = True
+            try:
+                await self._begin()
+                await self._response.write(line + b"\n")
+                self._is_stuck = False
+            except ConnectionError:
+                raise Cancelled("the reader of the lines has left.", reason=READER_LEFT) from None
 
     async def _begin(self) -> None:
         if not self.is_begun:
             self.is_begun = True
             await self._response.prepare(self._call.request)
+
+
+def expects_to_be_asked(request: web.BaseRequest) -> bool:
+    """Whether the caller waits with the body until it is told to go on."""
+    expected = request.headers.get("Expect", "").lower()
+    return expected == "100-continue" and request.version >= HttpVersion11
 
 
 def peer_of(request: web.BaseRequest) -> str:
@@ -269,14 +311,14 @@ async def _chunks(request: web.BaseRequest) -> AsyncIterator[bytes]:
             reason=UNSUPPORTED_MEDIA_TYPE,
             field="Content-Encoding",
         )
-    if request.headers.get("Expect", "").lower() == "100-continue":
+    if expects_to_be_asked(request):
         writer: Any = request.writer
         await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         writer.output_size = 0  # the response has not begun
     try:
         async for chunk in request.content.iter_any():
             yield chunk
-    except RequestPayloadError:
+    except (RequestPayloadError, ConnectionError):
         raise InvalidRequest(
             "the body ends too early, or its chunks have no lengths.", reason="BAD_BODY"
         ) from None

@@ -14,11 +14,12 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from kleash.rpc.errors import InternalError, InvalidRequest
@@ -40,7 +41,11 @@ _RANGES = {
 }
 _MAX_DIGITS = 40
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)", re.ASCII)
-_FLOATS = (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE)
+# A larger number is infinite once it is in its field; up to half a step more rounds down.
+_HIGHEST = {
+    FieldDescriptor.CPPTYPE_FLOAT: math.nextafter(float.fromhex("0x1.ffffffp+127"), 0.0),
+    FieldDescriptor.CPPTYPE_DOUBLE: sys.float_info.max,
+}
 
 M = TypeVar("M", bound=Message)
 
@@ -183,8 +188,8 @@ def _scalar(field: FieldDescriptor, value: Any, path: str) -> Any:
         )
     if kind == FieldDescriptor.CPPTYPE_ENUM:
         return _enum(field, value, path)
-    if kind in _FLOATS:
-        return _float(value, path)
+    if kind in _HIGHEST:
+        return _float(value, path, _HIGHEST[kind])
     return _integer(value, path, *_RANGES[kind])
 
 
@@ -210,12 +215,18 @@ def _bytes(value: str, path: str) -> bytes:
 
 def _enum(field: FieldDescriptor, value: Any, path: str) -> int:
     assert field.enum_type is not None
-    names = field.enum_type.values_by_name
+    names = _numbers(field.enum_type)
     if isinstance(value, str) and value in names:
-        return names[value].number
+        return names[value]
     if isinstance(value, int) and not isinstance(value, bool):
         return _integer(value, path, *_RANGES[FieldDescriptor.CPPTYPE_INT32])
     return _refuse_type(path, path, f"one of {', '.join(names)}", value)
+
+
+@functools.cache
+def _numbers(enum: EnumDescriptor) -> dict[str, int]:
+    """By name. The descriptor's own mapping cannot be asked for half of a surrogate pair."""
+    return {value.name: value.number for value in enum.values}
 
 
 def _integer(value: Any, path: str, lowest: int, highest: int) -> int:
@@ -228,18 +239,15 @@ def _integer(value: Any, path: str, lowest: int, highest: int) -> int:
     return value
 
 
-def _float(value: Any, path: str) -> float:
+def _float(value: Any, path: str, highest: float) -> float:
     """A finite one: the mapping's "NaN" and "Infinity" are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
-        _refuse_type(path, path, "a finite number", value)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not -highest <= value <= highest
+    ):
+        _refuse_type(path, path, f"a finite number of at most {highest:g}", value)
     return float(value)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 @functools.cache
@@ -284,8 +292,9 @@ def _quoted(value: Any) -> str:
         return "an integer of many digits"
     if isinstance(value, float) and not math.isfinite(value):
         return "a number too large"
-    text = json.dumps(value)
-    return text if len(text) <= 64 else text[:60] + '..."'
+    if isinstance(value, str) and len(value) > 60:
+        return json.dumps(value[:60] + "...")
+    return json.dumps(value)
 
 
 def _check_finite(message: Message) -> None:
@@ -294,7 +303,7 @@ def _check_finite(message: Message) -> None:
         if field.message_type is not None:
             for inner in value if field.is_repeated else (value,):
                 _check_finite(inner)
-        elif field.cpp_type in _FLOATS and not all(
+        elif field.cpp_type in _HIGHEST and not all(
             map(math.isfinite, value if field.is_repeated else (value,))
         ):
             raise InternalError(f"{field.full_name} of the answer is not finite.")

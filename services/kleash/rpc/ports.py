@@ -10,7 +10,9 @@ from typing import Any
 import grpc
 import prometheus_client
 
+from kleash.base import metrics
 from kleash.base.errors import UserError
+from kleash.base.version import software_version
 
 
 def bind(
@@ -99,6 +101,7 @@ def serve_metrics(host: str, port: int) -> Callable[[], None] | None:
         return None
     host = _without_ipv6(host)
     prometheus_client.disable_created_metrics()
+    metrics.BUILD_INFO.labels(software_version()).set(1)
     try:
         page, thread = prometheus_client.start_http_server(port, addr=host)
     except OSError as error:

@@ -287,7 +287,9 @@ class _Host:
 
     async def _refresh_health(self) -> None:
         while True:
+            asked = time.monotonic()
             await asyncio.sleep(REFRESH_S)
+            metrics.EVENT_LOOP_LAG_SECONDS.observe(time.monotonic() - asked - REFRESH_S)
             await self._show_health()
 
     async def _show_health(self) -> None:

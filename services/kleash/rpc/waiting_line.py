@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kleash.base import tracing
+from kleash.base.tracing import Span
 from kleash.rpc.batching import choose_batch
 
 # Items looked at for one batch; bounds the sorting when the queue is long.
@@ -45,6 +47,8 @@ class Call:
     """Tokens to be computed until it is done, as estimated when it came; 0 if nothing waited."""
     started: float | None = None
     compute_ns: int = 0
+    span: Span | None = field(default_factory=tracing.current)
+    """Of the caller's request, when it is traced."""
 
     def __post_init__(self) -> None:
         self.waiting = sorted(range(len(self.items)), key=lambda index: (self.sizes[index], index))

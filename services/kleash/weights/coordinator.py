@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from kleash.base import tracing
 from kleash.rpc.errors import InternalError, ServiceError, Unavailable
 from kleash.weights.fetch import Source
 from kleash.weights.manifest import describe_key, key_of
@@ -202,14 +203,16 @@ class Coordinator:
         own = weights_pb2.PrepareRequest()
         own.CopyFrom(request)
         own.sources.extend(self.sources(fleet, index))
-        return fleet[index].prepare(own, self._store, timeout_s=self.settings.prepare_timeout_s)
+        with tracing.span("send", replica=index):
+            return fleet[index].prepare(own, self._store, timeout_s=self.settings.prepare_timeout_s)
 
     def _commit(
         self, index: int, replica: Replica, key: weights_pb2.VersionKey, check: Check
     ) -> weights_pb2.CommitResponse:
-        response = replica.commit(
-            key, self.settings.in_flight, timeout_s=self.settings.commit_timeout_s
-        )
+        with tracing.span("commit", replica=index):
+            response = replica.commit(
+                key, self.settings.in_flight, timeout_s=self.settings.commit_timeout_s
+            )
         if (response.version, response.digest) != (key.version, key.digest):
             raise InternalError(
                 f"{describe_replica(index, replica)} serves version {response.version} with digest "
@@ -236,7 +239,8 @@ class Coordinator:
         failures: dict[int, ServiceError] = {}
         indices = list(numbers)
         with ThreadPoolExecutor(max(len(indices), 1), "publish") as threads:
-            futures = {index: threads.submit(function, index) for index in indices}
+            run = tracing.bound(function)
+            futures = {index: threads.submit(run, index) for index in indices}
             for index, future in futures.items():
                 try:
                     results[index] = future.result()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkleash/trainer/v1/trainer.proto\x12\x11kleash.trainer.v1\"\xaf\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x0e\n\x06step_s\x18\x03 \x01(\x01\x12:\n\x06values\x18\x04 \x03(\x0b\x32*.kleash.trainer.v1.StepMetrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x0f\n\rGetRunRequest\"\x80\x02\n\x0eGetRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x04\x12\x17\n\x0fweights_version\x18\x05 \x01(\x04\x12\x17\n\x0f\x63heckpoint_step\x18\x06 \x01(\x04\x12\x13\n\x0b\x63onfig_json\x18\x07 \x01(\t\x12\x31\n\tlast_step\x18\x08 \x01(\x0b\x32\x1e.kleash.trainer.v1.StepMetrics\x12\x15\n\rerror_message\x18\t \x01(\t\"&\n\x11WatchStepsRequest\x12\x11\n\tfrom_step\x18\x01 \x01(\x04\"E\n\x12WatchStepsResponse\x12/\n\x07metrics\x18\x01 \x01(\x0b\x32\x1e.kleash.trainer.v1.StepMetrics\"\x0e\n\x0cPauseRequest\";\n\rPauseResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState\"\x0f\n\rResumeRequest\"<\n\x0eResumeResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState\"\x17\n\x15SaveCheckpointRequest\"4\n\x16SaveCheckpointResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\r\n\x0bStopRequest\":\n\x0cStopResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState*\xb1\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12RUN_STATE_STARTING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_STOPPING\x10\x04\x12\x17\n\x13RUN_STATE_COMPLETED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06\x32\x8c\x04\n\x0eTrainerService\x12R\n\x06GetRun\x12 .kleash.trainer.v1.GetRunRequest\x1a!.kleash.trainer.v1.GetRunResponse\"\x03\x90\x02\x01\x12[\n\nWatchSteps\x12$.kleash.trainer.v1.WatchStepsRequest\x1a%.kleash.trainer.v1.WatchStepsResponse0\x01\x12J\n\x05Pause\x12\x1f.kleash.trainer.v1.PauseRequest\x1a .kleash.trainer.v1.PauseResponse\x12M\n\x06Resume\x12 .kleash.trainer.v1.ResumeRequest\x1a!.kleash.trainer.v1.ResumeResponse\x12\x65\n\x0eSaveCheckpoint\x12(.kleash.trainer.v1.SaveCheckpointRequest\x1a).kleash.trainer.v1.SaveCheckpointResponse\x12G\n\x04Stop\x12\x1e.kleash.trainer.v1.StopRequest\x1a\x1f.kleash.trainer.v1.StopResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkleash/trainer/v1/trainer.proto\x12\x11kleash.trainer.v1\"\xaf\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0fweights_version\x18\x02 \x01(\x04\x12\x0e\n\x06step_s\x18\x03 \x01(\x01\x12:\n\x06values\x18\x04 \x03(\x0b\x32*.kleash.trainer.v1.StepMetrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x0f\n\rGetRunRequest\"\x80\x02\n\x0eGetRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x04\x12\x17\n\x0fweights_version\x18\x05 \x01(\x04\x12\x17\n\x0f\x63heckpoint_step\x18\x06 \x01(\x04\x12\x13\n\x0b\x63onfig_json\x18\x07 \x01(\t\x12\x31\n\tlast_step\x18\x08 \x01(\x0b\x32\x1e.kleash.trainer.v1.StepMetrics\x12\x15\n\rerror_message\x18\t \x01(\t\";\n\x11WatchStepsRequest\x12\x11\n\tfrom_step\x18\x01 \x01(\x04\x12\x13\n\x0binclude_run\x18\x02 \x01(\x08\"u\n\x12WatchStepsResponse\x12/\n\x07metrics\x18\x01 \x01(\x0b\x32\x1e.kleash.trainer.v1.StepMetrics\x12.\n\x03run\x18\x02 \x01(\x0b\x32!.kleash.trainer.v1.GetRunResponse\"\x14\n\x12ListSamplesRequest\"O\n\x13ListSamplesResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12*\n\x07samples\x18\x02 \x03(\x0b\x32\x19.kleash.trainer.v1.Sample\"\x90\x01\n\x06Sample\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x10\n\x08response\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x03(\t\x12\n\n\x02kl\x18\x05 \x03(\x01\x12\x0f\n\x07rewards\x18\x06 \x03(\x01\x12\r\n\x05score\x18\x07 \x01(\x01\x12\x15\n\rfinish_reason\x18\x08 \x01(\t\"\x0e\n\x0cPauseRequest\";\n\rPauseResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState\"\x0f\n\rResumeRequest\"<\n\x0eResumeResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState\"\x17\n\x15SaveCheckpointRequest\"4\n\x16SaveCheckpointResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\r\n\x0bStopRequest\":\n\x0cStopResponse\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.kleash.trainer.v1.RunState*\xb1\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12RUN_STATE_STARTING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_STOPPING\x10\x04\x12\x17\n\x13RUN_STATE_COMPLETED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06\x32\xef\x04\n\x0eTrainerService\x12R\n\x06GetRun\x12 .kleash.trainer.v1.GetRunRequest\x1a!.kleash.trainer.v1.GetRunResponse\"\x03\x90\x02\x01\x12[\n\nWatchSteps\x12$.kleash.trainer.v1.WatchStepsRequest\x1a%.kleash.trainer.v1.WatchStepsResponse0\x01\x12\x61\n\x0bListSamples\x12%.kleash.trainer.v1.ListSamplesRequest\x1a&.kleash.trainer.v1.ListSamplesResponse\"\x03\x90\x02\x01\x12J\n\x05Pause\x12\x1f.kleash.trainer.v1.PauseRequest\x1a .kleash.trainer.v1.PauseResponse\x12M\n\x06Resume\x12 .kleash.trainer.v1.ResumeRequest\x1a!.kleash.trainer.v1.ResumeResponse\x12\x65\n\x0eSaveCheckpoint\x12(.kleash.trainer.v1.SaveCheckpointRequest\x1a).kleash.trainer.v1.SaveCheckpointResponse\x12G\n\x04Stop\x12\x1e.kleash.trainer.v1.StopRequest\x1a\x1f.kleash.trainer.v1.StopResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPMETRICS_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_TRAINERSERVICE'].methods_by_name['GetRun']._loaded_options = None
   _globals['_TRAINERSERVICE'].methods_by_name['GetRun']._serialized_options = b'\220\002\001'
-  _globals['_RUNSTATE']._serialized_start=930
-  _globals['_RUNSTATE']._serialized_end=1107
+  _globals['_TRAINERSERVICE'].methods_by_name['ListSamples']._loaded_options = None
+  _globals['_TRAINERSERVICE'].methods_by_name['ListSamples']._serialized_options = b'\220\002\001'
+  _globals['_RUNSTATE']._serialized_start=1249
+  _globals['_RUNSTATE']._serialized_end=1426
   _globals['_STEPMETRICS']._serialized_start=55
   _globals['_STEPMETRICS']._serialized_end=230
   _globals['_STEPMETRICS_VALUESENTRY']._serialized_start=185
@@ -46,25 +48,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETRUNRESPONSE']._serialized_start=250
   _globals['_GETRUNRESPONSE']._serialized_end=506
   _globals['_WATCHSTEPSREQUEST']._serialized_start=508
-  _globals['_WATCHSTEPSREQUEST']._serialized_end=546
-  _globals['_WATCHSTEPSRESPONSE']._serialized_start=548
-  _globals['_WATCHSTEPSRESPONSE']._serialized_end=617
-  _globals['_PAUSEREQUEST']._serialized_start=619
-  _globals['_PAUSEREQUEST']._serialized_end=633
-  _globals['_PAUSERESPONSE']._serialized_start=635
-  _globals['_PAUSERESPONSE']._serialized_end=694
-  _globals['_RESUMEREQUEST']._serialized_start=696
-  _globals['_RESUMEREQUEST']._serialized_end=711
-  _globals['_RESUMERESPONSE']._serialized_start=713
-  _globals['_RESUMERESPONSE']._serialized_end=773
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=775
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=798
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=800
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=852
-  _globals['_STOPREQUEST']._serialized_start=854
-  _globals['_STOPREQUEST']._serialized_end=867
-  _globals['_STOPRESPONSE']._serialized_start=869
-  _globals['_STOPRESPONSE']._serialized_end=927
-  _globals['_TRAINERSERVICE']._serialized_start=1110
-  _globals['_TRAINERSERVICE']._serialized_end=1634
+  _globals['_WATCHSTEPSREQUEST']._serialized_end=567
+  _globals['_WATCHSTEPSRESPONSE']._serialized_start=569
+  _globals['_WATCHSTEPSRESPONSE']._serialized_end=686
+  _globals['_LISTSAMPLESREQUEST']._serialized_start=688
+  _globals['_LISTSAMPLESREQUEST']._serialized_end=708
+  _globals['_LISTSAMPLESRESPONSE']._serialized_start=710
+  _globals['_LISTSAMPLESRESPONSE']._serialized_end=789
+  _globals['_SAMPLE']._serialized_start=792
+  _globals['_SAMPLE']._serialized_end=936
+  _globals['_PAUSEREQUEST']._serialized_start=938
+  _globals['_PAUSEREQUEST']._serialized_end=952
+  _globals['_PAUSERESPONSE']._serialized_start=954
+  _globals['_PAUSERESPONSE']._serialized_end=1013
+  _globals['_RESUMEREQUEST']._serialized_start=1015
+  _globals['_RESUMEREQUEST']._serialized_end=1030
+  _globals['_RESUMERESPONSE']._serialized_start=1032
+  _globals['_RESUMERESPONSE']._serialized_end=1092
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=1094
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=1117
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=1119
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=1171
+  _globals['_STOPREQUEST']._serialized_start=1173
+  _globals['_STOPREQUEST']._serialized_end=1186
+  _globals['_STOPRESPONSE']._serialized_start=1188
+  _globals['_STOPRESPONSE']._serialized_end=1246
+  _globals['_TRAINERSERVICE']._serialized_start=1429
+  _globals['_TRAINERSERVICE']._serialized_end=2052
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -70,16 +70,52 @@ class GetRunResponse(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., weights_version: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., config_json: _Optional[str] = ..., last_step: _Optional[_Union[StepMetrics, _Mapping]] = ..., error_message: _Optional[str] = ...) -> None: ...
 
 class WatchStepsRequest(_message.Message):
-    __slots__ = ("from_step",)
+    __slots__ = ("from_step", "include_run")
     FROM_STEP_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_RUN_FIELD_NUMBER: _ClassVar[int]
     from_step: int
-    def __init__(self, from_step: _Optional[int] = ...) -> None: ...
+    include_run: bool
+    def __init__(self, from_step: _Optional[int] = ..., include_run: bool = ...) -> None: ...
 
 class WatchStepsResponse(_message.Message):
-    __slots__ = ("metrics",)
+    __slots__ = ("metrics", "run")
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     metrics: StepMetrics
-    def __init__(self, metrics: _Optional[_Union[StepMetrics, _Mapping]] = ...) -> None: ...
+    run: GetRunResponse
+    def __init__(self, metrics: _Optional[_Union[StepMetrics, _Mapping]] = ..., run: _Optional[_Union[GetRunResponse, _Mapping]] = ...) -> None: ...
+
+class ListSamplesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListSamplesResponse(_message.Message):
+    __slots__ = ("step", "samples")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    samples: _containers.RepeatedCompositeFieldContainer[Sample]
+    def __init__(self, step: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ...) -> None: ...
+
+class Sample(_message.Message):
+    __slots__ = ("prompt_id", "prompt", "response", "tokens", "kl", "rewards", "score", "finish_reason")
+    PROMPT_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
+    REWARDS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    prompt_id: str
+    prompt: str
+    response: str
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    kl: _containers.RepeatedScalarFieldContainer[float]
+    rewards: _containers.RepeatedScalarFieldContainer[float]
+    score: float
+    finish_reason: str
+    def __init__(self, prompt_id: _Optional[str] = ..., prompt: _Optional[str] = ..., response: _Optional[str] = ..., tokens: _Optional[_Iterable[str]] = ..., kl: _Optional[_Iterable[float]] = ..., rewards: _Optional[_Iterable[float]] = ..., score: _Optional[float] = ..., finish_reason: _Optional[str] = ...) -> None: ...
 
 class PauseRequest(_message.Message):
     __slots__ = ()

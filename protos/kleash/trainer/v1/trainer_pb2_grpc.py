@@ -45,6 +45,11 @@ class TrainerServiceStub(object):
                 request_serializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.WatchStepsRequest.SerializeToString,
                 response_deserializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.WatchStepsResponse.FromString,
                 _registered_method=True)
+        self.ListSamples = channel.unary_unary(
+                '/kleash.trainer.v1.TrainerService/ListSamples',
+                request_serializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.ListSamplesRequest.SerializeToString,
+                response_deserializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.ListSamplesResponse.FromString,
+                _registered_method=True)
         self.Pause = channel.unary_unary(
                 '/kleash.trainer.v1.TrainerService/Pause',
                 request_serializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.PauseRequest.SerializeToString,
@@ -80,6 +85,13 @@ class TrainerServiceServicer(object):
 
     def WatchSteps(self, request, context):
         """WatchSteps sends the metrics of past steps from a given one, then each new step as it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSamples(self, request, context):
+        """ListSamples returns the newest responses that the run kept to be read, token by token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +137,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.WatchSteps,
                     request_deserializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.WatchStepsRequest.FromString,
                     response_serializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.WatchStepsResponse.SerializeToString,
+            ),
+            'ListSamples': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSamples,
+                    request_deserializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.ListSamplesRequest.FromString,
+                    response_serializer=kleash_dot_trainer_dot_v1_dot_trainer__pb2.ListSamplesResponse.SerializeToString,
             ),
             'Pause': grpc.unary_unary_rpc_method_handler(
                     servicer.Pause,
@@ -202,6 +219,33 @@ class TrainerService(object):
             '/kleash.trainer.v1.TrainerService/WatchSteps',
             kleash_dot_trainer_dot_v1_dot_trainer__pb2.WatchStepsRequest.SerializeToString,
             kleash_dot_trainer_dot_v1_dot_trainer__pb2.WatchStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kleash.trainer.v1.TrainerService/ListSamples',
+            kleash_dot_trainer_dot_v1_dot_trainer__pb2.ListSamplesRequest.SerializeToString,
+            kleash_dot_trainer_dot_v1_dot_trainer__pb2.ListSamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,
