@@ -57,6 +57,19 @@ COMMANDS = {
         "train",
         "stage 3: the PPO trainer alone, against services that run elsewhere",
     ),
+    "watch": Command(
+        "kleash.cli.watch:run",
+        "train",
+        "a PPO run as it goes, in the terminal; keys pause, resume, save and stop it",
+    ),
+    "trainer": Command(
+        "kleash.cli.trainer:run",
+        "",
+        "status, pause, resume, checkpoint or stop: one question or order to a PPO trainer",
+    ),
+    "report": Command(
+        "kleash.cli.report:run", "train", "one HTML page from the folders of one or more PPO runs"
+    ),
     "serve": Command(
         "kleash.cli.serve:run", "serve", "one or more of policy, reward, reference as a gRPC server"
     ),

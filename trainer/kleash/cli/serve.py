@@ -27,6 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     if config is None:
         return 0
     from kleash.base.logging import configure_logging
+    from kleash.base.trace_setup import traced
     from kleash.rpc.server import serve
 
     configure_logging()
@@ -39,7 +40,8 @@ def run(arguments: Sequence[str]) -> int:
             )
         module = importlib.import_module(f"kleash.{name}.service")
         services.append(getattr(module, f"{name.capitalize()}Service")(section))
-    asyncio.run(serve(services, config.server, on_ready=_freeze))
+    with traced(config.tracing, "-".join(names)):
+        asyncio.run(serve(services, config.server, on_ready=_freeze))
     return 0
 
 

@@ -27,7 +27,15 @@ from kleash.client.weights import WeightsClient
 from kleash.cluster.discovery import RETRY_S, Discover, by_dns, by_endpoint_slices
 from kleash.policy.v1 import policy_pb2
 from kleash.ppo.config import ServicesConfig
-from kleash.ppo.services import Policy, Services, open_policy, open_scorers, wait_for_scorers
+from kleash.ppo.services import (
+    Policy,
+    Services,
+    open_policy,
+    open_scorers,
+    open_weights,
+    trainer_credentials,
+    wait_for_scorers,
+)
 from kleash.rpc.errors import ServiceError, Unavailable
 from kleash.weights.coordinator import Replica
 
@@ -183,7 +191,12 @@ class ElasticFleet:
         """Whether a policy service is there that fits the run; it may be loading for minutes."""
         is_misfit = False
         try:
-            with PolicyClient(address, timeout_s=PROBE_S, checks_health=False) as probe:
+            with PolicyClient(
+                address,
+                timeout_s=PROBE_S,
+                checks_health=False,
+                credentials=trainer_credentials(),
+            ) as probe:
                 why = self._misfit(probe.get_policy())
                 is_misfit = bool(why)
         except Unavailable:
@@ -212,7 +225,7 @@ class ElasticFleet:
     def _join(self, address: str) -> None:
         number = self._numbers
         self._numbers += 1
-        member = _Member(address, open_policy(address, self._config), WeightsClient(address))
+        member = _Member(address, open_policy(address, self._config), open_weights(address))
         with self._changed:
             self.open = {**self.open, number: member}
             self.members |= {number}

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from kleash.base import tracing
 from kleash.base.config import describe_config, save_config
 from kleash.base.durable import flush_folder, flush_tree
 from kleash.base.errors import ConfigError
@@ -42,6 +44,7 @@ from kleash.ppo.calibration import (
 )
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.learner import Learner
+from kleash.ppo.telemetry import export_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +137,7 @@ class Checkpoint:
                 )
 
 
+@tracing.measured("checkpoint")
 def save(
     folder: Path,
     learner: Learner,
@@ -148,6 +152,7 @@ def save(
     lineage: dict[str, Any],
 ) -> Path:
     """Write ``folder/step-NNNNNN`` all at once and remove the oldest beyond checkpoint.keep."""
+    began = time.monotonic()
     target = path_of(folder, position.step)
     for cut_off in folder.glob(".step-*.partial"):  # a trainer was killed while it wrote
         shutil.rmtree(cut_off)
@@ -187,6 +192,7 @@ def save(
     flush_folder(folder)
     for old in _steps(folder)[: -config.checkpoint.keep]:
         shutil.rmtree(old)
+    export_checkpoint(target, time.monotonic() - began)
     return target
 
 

@@ -8,7 +8,9 @@ from typing import Any, Literal, Self
 import pydantic
 
 from kleash.base.config import Config, RunId
+from kleash.base.trace_setup import TrainerTracingConfig
 from kleash.rpc.server import ServerConfig
+from kleash.sinks.config import SinksConfig
 
 
 class ServicesConfig(Config):
@@ -327,8 +329,12 @@ class PPOConfig(Config):
     """Held-out prompts."""
     samples: SamplesConfig = SamplesConfig()
     """Responses that are kept to be read."""
+    sinks: SinksConfig = SinksConfig()
+    """TensorBoard, Weights & Biases and MLflow, beside the run folder."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Complete checkpoints."""
+    tracing: TrainerTracingConfig = TrainerTracingConfig()
+    """Spans of steps, for who looks for lost time."""
     micro_batch_tokens: int = pydantic.Field(default=8192, ge=1)
     """Padded tokens of one forward and backward pass; the losses do not depend on it."""
     isolate_scoring: bool = True
@@ -374,6 +380,11 @@ class PPOConfig(Config):
     def kl_horizon(self) -> float:
         """Episodes of the adaptive controller; with 1/30 of the run's beta can move within it."""
         return self.kl.horizon or max(self.total_steps * self.batch_size / 30, 1.0)
+
+    @property
+    def traces(self) -> Path:
+        """Folder for the files of traces."""
+        return self.out / "traces"
 
     @property
     def max_sequence_tokens(self) -> int:

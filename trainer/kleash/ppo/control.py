@@ -8,11 +8,12 @@ gRPC handlers, signal handlers ──► Control ◄── the training loop
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 
 class RunState(Enum):
@@ -54,6 +55,12 @@ class Control:
 
     steps: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every step so far; only ever appended to."""
+    samples: Sequence[dict[str, Any]] = ()
+    """Lines of samples.jsonl of the newest step that has some."""
+    address: str = ""
+    """Of the trainer's own gRPC service, from this machine; empty without one."""
+    page: str = ""
+    """Address of the live page; empty without one."""
     signal_number: int = 0
     """The signal that ends the run; 0 for none."""
 
@@ -69,7 +76,10 @@ class Control:
     @property
     def snapshot(self) -> Snapshot:
         """The run as it is now."""
-        return self._snapshot
+        snapshot = self._snapshot
+        if self._is_stopping and not self._is_over:
+            return replace(snapshot, state=RunState.STOPPING)
+        return snapshot
 
     @property
     def is_over(self) -> bool:
@@ -112,7 +122,7 @@ class Control:
         return request
 
     def add_listener(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` (from the loop's thread) whenever a step was added or the run ended."""
+        """Call ``listener``, from any thread, whenever a step was added or the run has changed."""
         with self._condition:
             self._listeners.append(listener)
 
@@ -169,6 +179,11 @@ class Control:
         """A checkpoint of ``step`` is on disk."""
         with self._condition:
             self._update(checkpoint_step=step)
+        self._tell()
+
+    def samples_kept(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Responses of a step were written to samples.jsonl."""
+        self.samples = rows
 
     def end(self, state: RunState, error_message: str = "") -> None:
         """The run is over: COMPLETED, FAILED, or STOPPING when it ended before its last step."""
@@ -191,7 +206,9 @@ class Control:
             if self._snapshot.state is not RunState.STARTING:
                 self._update(state=RunState.PAUSED if is_pausing else RunState.RUNNING)
             self._condition.notify_all()
-            return self._snapshot.state
+            state = self._snapshot.state
+        self._tell()
+        return state
 
     def _update(self, **changes: object) -> None:
         self._snapshot = replace(self._snapshot, **changes)  # pyright: ignore[reportArgumentType]

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kleash.base import tracing
 from kleash.base.errors import ConfigError
-from kleash.data.prompts import PromptRecord
+from kleash.data.prompts import PromptRecord, load_prompts
+from kleash.ppo.config import PPOConfig
 from kleash.ppo.randomness import sampling_seed
 from kleash.ppo.rollout import Collector, Sample
 from kleash.ppo.run_folder import write_whole
+from kleash.ppo.telemetry import export_evaluation
 
 Judge = Callable[[PromptRecord, str], float | Mapping[str, float]]
 """Scores a response by something else than the reward model."""
@@ -29,6 +32,7 @@ class Evaluator:
     seed: int
     judge: Judge | None = None
 
+    @tracing.measured("evaluation")
     def evaluate(
         self, collector: Collector, *, step: int, weights_version: int, folder: Path
     ) -> dict[str, float]:
@@ -54,6 +58,7 @@ class Evaluator:
         for name in dict.fromkeys(name for row in rows for name in row["judge"]):
             key = f"evaluation/judge/{name}" if name else "evaluation/judge"
             figures[key] = _mean([row["judge"][name] for row in rows if name in row["judge"]])
+        export_evaluation(figures)
         return figures
 
     def _describe(self, sample: Sample) -> dict[str, Any]:
@@ -88,6 +93,20 @@ class Evaluator:
                 "give finite numbers."
             )
         return figures
+
+
+def make_evaluator(config: PPOConfig, tokenizer: Any) -> Evaluator | None:
+    """The evaluations that the run wants, if any. Raises UserError for unusable prompts."""
+    if config.evaluation.prompts is None:
+        return None
+    prompts = load_prompts(
+        config.evaluation.prompts,
+        tokenizer,
+        max_tokens=config.max_prompt_tokens,
+        skip_bad=config.skip_bad,
+    )
+    judge = load_judge(config.evaluation.judge) if config.evaluation.judge else None
+    return Evaluator(prompts[: config.evaluation.num_prompts], tokenizer, config.seed, judge)
 
 
 def load_judge(name: str) -> Judge:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kleash.base import tracing
 from kleash.base.errors import KleashError
 from kleash.base.metrics import TRAIN_NONFINITE
 from kleash.data.shuffle import shuffled
@@ -94,6 +95,7 @@ class Learner:
 
     # -------------------------------------------------------------------------- before the update
 
+    @tracing.measured("old_log_probs")
     @torch.no_grad()
     def prepare(self, samples: Sequence[Sample]) -> tuple[RolloutBatch, dict[str, float]]:
         """Old log-probs and values, rewards, advantages and returns, all fixed from here on.
@@ -186,6 +188,7 @@ class Learner:
 
     # --------------------------------------------------------------------------------- the update
 
+    @tracing.measured("update")
     def update(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """All epochs of PPO step ``step`` (from 1); returns the figures of the update."""
         config, trains_policy = self.config, self.trains_policy(step)
@@ -200,14 +203,15 @@ class Learner:
                 purpose="minibatches",
             )
             of_epoch = Averages()
-            for rows in np.split(order, config.algorithm.minibatches):
-                minibatch = self._minibatch(
-                    batch, rows, step, num_updates, trains_policy=trains_policy
-                )
-                if not num_updates and trains_policy:
-                    figures |= _first_minibatch_figures(minibatch)
-                of_epoch.add(minibatch)
-                num_updates += 1
+            with tracing.span("epoch", epoch=epoch):
+                for rows in np.split(order, config.algorithm.minibatches):
+                    minibatch = self._minibatch(
+                        batch, rows, step, num_updates, trains_policy=trains_policy
+                    )
+                    if not num_updates and trains_policy:
+                        figures |= _first_minibatch_figures(minibatch)
+                    of_epoch.add(minibatch)
+                    num_updates += 1
             averages.merge(of_epoch)
             target_kl = config.algorithm.target_kl
             if (

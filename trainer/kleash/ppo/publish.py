@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kleash.base import tracing
 from kleash.lm.digest import DTYPE_NAMES, canonical_tensors, schema_digest, tensor_words
 from kleash.ppo.config import PublishConfig
 from kleash.rpc.errors import InternalError, PreconditionFailed, ServiceError, Unavailable
@@ -148,6 +149,7 @@ class Publisher:
         self._lock = threading.Lock()
         store.make_anchor = self._make_anchor
 
+    @tracing.measured("publish")
     def publish(self, model: torch.nn.Module, version: int) -> PublishReport:
         """Put the model's weights in place on the replicas, as ``version``.
 
@@ -238,6 +240,7 @@ class Publisher:
             replicas=tuple(served),
         )
 
+    @tracing.measured("encode")
     def _encode(self, model: torch.nn.Module, version: int) -> _Pending:
         """The version in the store, as a change of the shadow."""
         begin = time.monotonic()
@@ -324,7 +327,8 @@ class Publisher:
         """The replica computes what the trainer computes, or the version is taken back."""
         if expected is None or self._canary is None:
             return
-        answer = replica.check_canary(self._canary.ids.astype("<i4").tobytes())
+        with tracing.span("canary", replica=index):
+            answer = replica.check_canary(self._canary.ids.astype("<i4").tobytes())
         found = np.frombuffer(answer.log_probs, "<f4")
         dtypes = {shape.dtype for shape in self._schema.values()} & CANARY_TOLERANCE.keys()
         tolerance = max(CANARY_TOLERANCE[dtype] for dtype in dtypes)

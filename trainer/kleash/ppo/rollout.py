@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kleash.base import tracing
 from kleash.base.errors import KleashError
 from kleash.client.types import GeneratedSequence, Sampling, VersionSpan
 from kleash.data.prompts import PromptRecord
@@ -114,6 +115,7 @@ class Collector:
         """From now on ask these policy replicas: those that serve the newest version."""
         self._replicas[:] = replicas
 
+    @tracing.measured("rollout")
     def collect(
         self,
         prompts: Sequence[PromptRecord],
@@ -135,11 +137,12 @@ class Collector:
         drawing = ThreadPoolExecutor(len(shares), "generate")
         scoring = ThreadPoolExecutor(SCORING_THREADS, "score")
         task = _Task(self, replicas, seed, weights_version, scoring)
-        same_reference = scoring.submit(task.scoring.check_reference)
+        same_reference = scoring.submit(tracing.bound(task.scoring.check_reference))
         try:
             if begins_step:
-                self._wait([scoring.submit(task.scoring.begin_step)])
-            futures = [drawing.submit(task.run, index, share) for index, share in enumerate(shares)]
+                self._wait([scoring.submit(tracing.bound(task.scoring.begin_step))])
+            run = tracing.bound(task.run)
+            futures = [drawing.submit(run, index, share) for index, share in enumerate(shares)]
             self._wait(futures)
             groups = [group for future in futures for group in future.result()]
             generated = time.monotonic()
@@ -275,7 +278,8 @@ class _Task:
         """Generate the share of a replica and hand each full group on."""
         groups: list[Group] = []
         finished: list[Finished] = []
-        with contextlib.closing(self._generate(index, rows)) as arrivals:
+        measured = tracing.span("generate", share=index, responses=len(rows))
+        with measured, contextlib.closing(self._generate(index, rows)) as arrivals:
             for row, generated in arrivals:
                 finished.append((row, generated, _sequence(row, generated, self._weights_version)))
                 if len(finished) == self._config.services.group_size:

@@ -12,15 +12,19 @@ from contextlib import AbstractContextManager
 from kleash.base.ending import end_at_once
 from kleash.base.errors import KleashError
 from kleash.base.progress import Progress
+from kleash.base.trace_setup import traced
 from kleash.ppo.config import PPOConfig, ServicesConfig
 from kleash.ppo.control import Control, RunState
 from kleash.ppo.lease import HoldLease, no_lease
 from kleash.ppo.report import PPOReport
 from kleash.ppo.service import TrainerService
 from kleash.ppo.services import Services, connect
+from kleash.ppo.telemetry import export_run
 from kleash.ppo.train import train
+from kleash.rpc import client_metrics
 from kleash.rpc.errors import ServiceError
-from kleash.rpc.server import BackgroundServer
+from kleash.rpc.ports import join
+from kleash.rpc.server import BackgroundServer, ServerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +53,12 @@ def run(
     ``hold_lease`` waits for the right to publish to the policy replicas.
     """
     control = Control()
+    export_run(control)
+    client_metrics.enable()
     server = BackgroundServer([TrainerService(control)], config.server)
-    with server, _signals_stop(control):
-        logger.info("trainer service at %s", server.address)
+    traces = traced(config.tracing, "trainer", file=config.traces / "trainer.jsonl")
+    with traces, server, _signals_stop(control):
+        _note_addresses(control, config.server, server.port)
         try:
             with (
                 hold_lease(config, control.is_abandoned) as lease,
@@ -68,6 +75,17 @@ def run(
         except BaseException as error:
             control.end(RunState.FAILED, str(error) or type(error).__name__)
             raise
+
+
+def _note_addresses(control: Control, server: ServerConfig, port: int) -> None:
+    """Where people of this machine find the trainer."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+    control.address = join(host, port)
+    logger.info("trainer service at %s", control.address)
+    if server.http_port:
+        scheme = "https" if server.tls.is_on else "http"
+        control.page = f"{scheme}://{join(host, server.http_port)}/"
+        logger.info("live view at %s", control.page)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 OUT/run.json        id of the run, and the fence: how often a trainer started on it
 OUT/config.json     the resolved configuration
+OUT/environment.json  what each start of a trainer was computed with
 OUT/weights/        versions of the policy that were published, for replicas that fall behind
 OUT/metrics.jsonl   a line a step and a line an evaluation
 OUT/samples.jsonl   a line a response that was kept to be read
+OUT/trainer.json    where the newest trainer listens, for whoever is on its machine
 OUT/trainer.lock    held by the living trainer; the kernel lets go of it whatever way that ends
 """
 
@@ -74,6 +76,23 @@ class RunFolder:
         partial = self.path / ".config.json.partial"
         save_config(config, partial)
         partial.replace(self.path / "config.json")
+
+    def add_start(self, described: dict[str, Any]) -> None:
+        """Add an entry to environment.json."""
+        write_whole(
+            self.path / "environment.json",
+            json.dumps([*self.read_starts(), described], indent=2, ensure_ascii=False) + "\n",
+        )
+
+    def read_starts(self) -> list[dict[str, Any]]:
+        """The entries of environment.json, oldest first."""
+        path = self.path / "environment.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def note_addresses(self, address: str, page: str) -> None:
+        """Say where this trainer's service and its live page are; empty for none."""
+        text = json.dumps({"run_id": self.run_id, "address": address, "page": page})
+        write_whole(self.path / "trainer.json", text + "\n")
 
     def _run_id(self, known: str | None, wanted: str | None) -> str:
         """The id that the folder's run has, or that a new run gets."""

@@ -5,7 +5,10 @@ docs/metrics.md explains every key.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +17,12 @@ from kleash.ppo.batch import RolloutBatch
 from kleash.ppo.config import AlgorithmConfig
 from kleash.ppo.loss import apply_missing_eos, kl_per_token, token_rewards
 from kleash.ppo.rollout import Sample
+from kleash.ppo.token_texts import token_texts
 
 DECIMALS = 6
 """Of per-token figures: a float32 has about seven digits."""
+NEWEST_BYTES = 1 << 20
+"""Of the end of samples.jsonl that is looked through for the newest step."""
 
 
 def describe_samples(
@@ -48,6 +54,19 @@ def describe_samples(
     ]
 
 
+def newest_samples(path: Path) -> list[dict[str, Any]]:
+    """Lines of the newest step in samples.jsonl, as far as they fit into NEWEST_BYTES."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - NEWEST_BYTES)
+        file.seek(start)
+        lines = file.read().split(b"\n")
+    # What is cut at the front, or was at the end by a crash.
+    rows = [json.loads(line) for line in lines[1 if start else 0 : -1]]
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
+
+
 def _describe(sample: Sample, tokenizer: Any) -> dict[str, Any]:
     ids = sample.sequence.ids.tolist()
     start = sample.sequence.response_start
@@ -57,6 +76,7 @@ def _describe(sample: Sample, tokenizer: Any) -> dict[str, Any]:
         "response": tokenizer.decode(ids[start:], skip_special_tokens=True),
         "prompt_token_ids": ids[:start],
         "response_token_ids": ids[start:],
+        "response_tokens": token_texts(tokenizer, ids[start:]),
         "finish_reason": "stop" if sample.is_stopped else "length",
         "score": sample.score,
         "uncalibrated_score": sample.uncalibrated_score,

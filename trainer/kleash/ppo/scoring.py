@@ -15,7 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from kleash.base import tracing
 from kleash.base.errors import KleashError
+from kleash.base.tracing import Span
 from kleash.client.calls import ItemError
 from kleash.client.types import GeneratedSequence
 from kleash.lm.sequences import TokenSequence
@@ -80,6 +82,8 @@ class Scoring:
     reference_revision: str
     pool: ThreadPoolExecutor
     is_over: threading.Event
+    parent: Span | None = field(default_factory=tracing.current)
+    """What its spans are part of: not of the generation that they overlap."""
     refused: list[str] = field(default_factory=list)
     """Revisions that no server had, once for each time."""
 
@@ -93,9 +97,9 @@ class Scoring:
         inputs = [(row.record.prompt_id, sequence) for row, _, sequence in rows]
         return Group(
             inputs,
-            scores=self.pool.submit(self._retry, self._score, inputs),
+            scores=self._submit_score(inputs),
             rows=rows,
-            log_probs=self.pool.submit(self._retry, self._reference_log_probs, inputs),
+            log_probs=self.pool.submit(self._retry, self._reference_log_probs, inputs, "reference"),
         )
 
     def check_reference(self) -> None:
@@ -138,7 +142,7 @@ class Scoring:
                 )
             )
             for part in others:
-                part.scores = self.pool.submit(self._retry, self._score, part.inputs)
+                part.scores = self._submit_score(part.inputs)
         if wanted == state.revision:
             return state
         if self.config.services.calibration == "none":
@@ -153,9 +157,10 @@ class Scoring:
         inputs = [(probe.prompt_id, probe.sequence) for probe in probes]
         size = self.config.services.group_size
         parts = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-        return [
-            ScoredGroup(part, self.pool.submit(self._retry, self._score, part)) for part in parts
-        ]
+        return [ScoredGroup(part, self._submit_score(part)) for part in parts]
+
+    def _submit_score(self, inputs: list[Input]) -> Future[Scored]:
+        return self.pool.submit(self._retry, self._score, inputs, "score")
 
     def _score(self, sequences: list[TokenSequence]) -> Scored:
         """By the model of the step. Where a server is without it, the next one of a round robin may
@@ -202,12 +207,15 @@ class Scoring:
             isolate=self.config.isolate_scoring,
         )
 
-    def _retry(self, function: Callable[[list[TokenSequence]], A], inputs: list[Input]) -> A:
+    def _retry(
+        self, function: Callable[[list[TokenSequence]], A], inputs: list[Input], what: str
+    ) -> A:
         """Call until the service is there; a response that it cannot score is named."""
         patience = Patience(self.config.services.wait_s, self.is_over.is_set)
         while True:
             try:
-                answers = function([sequence for _, sequence in inputs])
+                with tracing.span(what, parent=self.parent, responses=len(inputs)):
+                    answers = function([sequence for _, sequence in inputs])
             except ItemError as error:
                 prompt_id, _ = inputs[error.index]
                 raise RolloutError(

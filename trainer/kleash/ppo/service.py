@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from kleash.ppo.control import Control, RunState, SavedCheckpoint
+from kleash.ppo import http
+from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
 from kleash.rpc.errors import PreconditionFailed
 from kleash.trainer.v1 import trainer_pb2, trainer_pb2_grpc
 
@@ -20,6 +23,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
     """kleash.trainer.v1.TrainerService, hosted by the chassis of kleash.rpc."""
 
     full_names = ("kleash.trainer.v1.TrainerService",)
+    http_api = http.API
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -54,43 +58,44 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> trainer_pb2.GetRunResponse:
         snapshot = self._control.snapshot
         steps = self._control.steps
-        return trainer_pb2.GetRunResponse(
-            run_id=snapshot.run_id,
-            state=_state(snapshot.state),
-            step=snapshot.step,
-            total_steps=snapshot.total_steps,
-            weights_version=snapshot.weights_version,
-            checkpoint_step=snapshot.checkpoint_step,
-            config_json=snapshot.config_json,
-            last_step=_step_metrics(steps[-1]) if steps else None,
-            error_message=snapshot.error_message,
-        )
+        run = _run(snapshot)
+        run.config_json = snapshot.config_json
+        if steps:
+            run.last_step.CopyFrom(_step_metrics(steps[-1]))
+        return run
 
     async def WatchSteps(
         self, request: trainer_pb2.WatchStepsRequest, context: Any
     ) -> AsyncIterator[trainer_pb2.WatchStepsResponse]:
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-        control = self._control
-
-        def listener() -> None:
-            loop.call_soon_threadsafe(news.set)
-
-        control.add_listener(listener)
-        try:
+        control, told = self._control, None
+        with _news_of(control) as news:
             position = 0 if request.from_step else len(control.steps)
             while True:
-                is_over = control.is_over
                 news.clear()
+                is_over, snapshot = control.is_over, control.snapshot
+                news_of_run = replace(snapshot, step=0, weights_version=0)
+                if request.include_run and told is None:
+                    yield trainer_pb2.WatchStepsResponse(run=_run(snapshot))
+                    told = news_of_run
                 while position < len(control.steps):
                     metrics = control.steps[position]
                     position += 1
                     if metrics["step"] >= request.from_step:
                         yield trainer_pb2.WatchStepsResponse(metrics=_step_metrics(metrics))
+                if request.include_run and told != news_of_run:
+                    yield trainer_pb2.WatchStepsResponse(run=_run(snapshot))
+                    told = news_of_run
                 if is_over or self._is_stopping:
                     return
                 await _first(news, timeout_s=1.0)
-        finally:
-            control.remove_listener(listener)
+
+    async def ListSamples(
+        self, request: trainer_pb2.ListSamplesRequest, context: Any
+    ) -> trainer_pb2.ListSamplesResponse:
+        rows = self._control.samples
+        return trainer_pb2.ListSamplesResponse(
+            step=rows[0]["step"] if rows else 0, samples=[_sample(row) for row in rows]
+        )
 
     async def Pause(
         self, request: trainer_pb2.PauseRequest, context: Any
@@ -119,6 +124,21 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         return trainer_pb2.StopResponse(state=_state(self._control.stop()))
 
 
+@contextlib.contextmanager
+def _news_of(control: Control) -> Iterator[asyncio.Event]:
+    """Set whenever a step was added or the run has changed."""
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+    def listener() -> None:
+        loop.call_soon_threadsafe(news.set)
+
+    control.add_listener(listener)
+    try:
+        yield news
+    finally:
+        control.remove_listener(listener)
+
+
 async def _first(news: asyncio.Event, *, timeout_s: float) -> None:
     """Until there are news, or for ``timeout_s``: then the server may be about to stop."""
     try:
@@ -129,6 +149,34 @@ async def _first(news: asyncio.Event, *, timeout_s: float) -> None:
 
 def _state(state: RunState) -> Any:
     return trainer_pb2.RunState.Value(f"RUN_STATE_{state.name}")
+
+
+def _run(snapshot: Snapshot) -> trainer_pb2.GetRunResponse:
+    """Without the configuration and the last step."""
+    return trainer_pb2.GetRunResponse(
+        run_id=snapshot.run_id,
+        state=_state(snapshot.state),
+        step=snapshot.step,
+        total_steps=snapshot.total_steps,
+        weights_version=snapshot.weights_version,
+        checkpoint_step=snapshot.checkpoint_step,
+        error_message=snapshot.error_message,
+    )
+
+
+def _sample(row: Mapping[str, Any]) -> trainer_pb2.Sample:
+    """A line of samples.jsonl."""
+    return trainer_pb2.Sample(
+        prompt_id=row["prompt_id"],
+        prompt=row["prompt"],
+        response=row["response"],
+        # A line of a version that did not write them has none.
+        tokens=row.get("response_tokens", ()),
+        kl=row["kl"],
+        rewards=row["rewards"],
+        score=row["score"],
+        finish_reason=row["finish_reason"],
+    )
 
 
 def _step_metrics(metrics: dict[str, float]) -> trainer_pb2.StepMetrics:

@@ -108,7 +108,7 @@ def connect(
         policies, weights = {}, {}
         for index, address in enumerate(config.policy):
             policies[index] = stack.enter_context(open_policy(address, config))
-            weights[index] = stack.enter_context(contextlib.closing(WeightsClient(address)))
+            weights[index] = stack.enter_context(contextlib.closing(open_weights(address)))
         reward, reference = stack.enter_context(open_scorers(config))
         for index, address in enumerate(config.policy):
             wait_for("policy", address, policies[index].get_policy, config.wait_s, is_abandoned)
@@ -118,13 +118,28 @@ def connect(
 
 def open_policy(address: str, config: ServicesConfig) -> PolicyClient:
     """A client of one replica, which answers GetPolicy before it has the weights of the run."""
-    return PolicyClient(address, timeout_s=config.generate_timeout_s, checks_health=False)
+    return PolicyClient(
+        address,
+        timeout_s=config.generate_timeout_s,
+        checks_health=False,
+        credentials=trainer_credentials(),
+    )
+
+
+def open_weights(address: str) -> WeightsClient:
+    """A client of the weights of one replica."""
+    return WeightsClient(address, credentials=trainer_credentials())
+
+
+def trainer_credentials() -> Credentials:
+    """Those of the environment, with the name by which a trainer goes first."""
+    return Credentials.from_env(caller="trainer")
 
 
 @contextlib.contextmanager
 def open_scorers(config: ServicesConfig) -> Iterator[tuple[RewardClient, ReferenceClient]]:
     """Clients of the reward and the reference service."""
-    credentials = Credentials.from_env(caller="trainer")
+    credentials = trainer_credentials()
     with (
         RewardClient(
             config.reward, timeout_s=config.score_timeout_s, credentials=credentials

@@ -25,7 +25,7 @@ from kleash.ppo.calibration import Calibration, Probe, RewardState
 from kleash.ppo.checkpoint import Checkpoint, RunPosition
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
-from kleash.ppo.evaluation import Evaluator, load_judge
+from kleash.ppo.evaluation import Evaluator, make_evaluator
 from kleash.ppo.learner import Learner
 from kleash.ppo.lease import PublishLease
 from kleash.ppo.models import check_vocabulary_and_length, make_learner, sft_digest
@@ -34,11 +34,14 @@ from kleash.ppo.publish import Canary, Publisher, PublishReport
 from kleash.ppo.randomness import draw
 from kleash.ppo.rollout import Collector, Rollout
 from kleash.ppo.run_folder import RunFolder, open_run_folder
-from kleash.ppo.samples import describe_samples
+from kleash.ppo.samples import describe_samples, newest_samples
 from kleash.ppo.services import Services, shake_hands
-from kleash.ppo.telemetry import export
+from kleash.ppo.start import record_start, seen_step
+from kleash.ppo.telemetry import export, export_publish
 from kleash.rpc.errors import ServiceError
 from kleash.rpc.server import BackgroundServer
+from kleash.sinks.config import check_packages
+from kleash.sinks.feed import Feed
 from kleash.weights.store import Store
 from kleash.weights.store_service import StoreService
 
@@ -60,6 +63,7 @@ class Session:
     collector: Collector
     evaluator: Evaluator | None
     digests: dict[str, str]
+    sinks: Feed
     position: RunPosition
     saved_step: int
     """Step of the newest checkpoint; 0 without one."""
@@ -85,10 +89,12 @@ class Session:
         while True:
             try:
                 report = self.publisher.publish(self.learner.policy, version)
+                export_publish(report, len(self.services.weights))
                 self.collector.use_replicas(report.replicas)
                 self.policy_digest = report.digest
                 return report
             except ServiceError as error:
+                export_publish(None, len(self.services.weights))
                 if not is_curable(error):
                     raise
                 if self.control.is_abandoned():
@@ -131,11 +137,15 @@ class Session:
                 kl_coefficient=kl_coefficient,
             )
             known = {"step": step, "policy_digest": self.policy_digest}
-            self.folder.append_samples([known | row for row in rows])
+            rows = [known | row for row in rows]
+            self.folder.append_samples(rows)
+            self.control.samples_kept(rows)
+            self.sinks.samples(step, rows)
 
     def record(self, metrics: dict[str, float]) -> None:
         """A step is done: keep its figures and move on."""
         self.folder.append_metrics(metrics)
+        self.sinks.metrics(int(metrics["step"]), metrics)
         export(metrics)
         self.position = replace(
             self.position,
@@ -158,6 +168,7 @@ class Session:
         )
         self._note_reward_model()
         self.folder.append_metrics({"step": step, **figures})
+        self.sinks.metrics(step, figures)
         return figures
 
     def save(self) -> SavedCheckpoint:
@@ -250,6 +261,7 @@ def _prepare(
     folder: RunFolder,
     stack: contextlib.ExitStack,
 ) -> Session:
+    check_packages(config.sinks)
     tokenizer = load_tokenizer(
         config.model, pad_token=config.pad_token, chat_template=config.chat_template
     )
@@ -258,7 +270,7 @@ def _prepare(
     prompts = load_prompts(
         config.prompts, tokenizer, max_tokens=config.max_prompt_tokens, skip_bad=config.skip_bad
     )
-    evaluator, pretraining = _evaluator(config, tokenizer), _pretraining(config, tokenizer)
+    evaluator, pretraining = make_evaluator(config, tokenizer), _pretraining(config, tokenizer)
     digest = tokenizer_sha256(tokenizer)
     saved = checkpoints.newest(folder.checkpoints)
     hands = shake_hands(
@@ -279,6 +291,8 @@ def _prepare(
     learner = make_learner(config, policy, pretraining or (), saved, digests)
     # A new reward model is adopted when a step begins, by a run that goes on as by any other.
     reward = saved.reward if saved else RewardState(hands.reward_revision)
+    digests |= {"reward_model": reward.revision}
+    position, seen = saved.position if saved else RunPosition(), seen_step(folder)
     _go_back(folder, saved)
     folder.begin(config, max(hands.fence, lease.fence, saved.fence if saved else 0))
     lease.record(folder.run_id, folder.fence)
@@ -304,23 +318,13 @@ def _prepare(
             is_abandoned=control.is_abandoned,
         ),
         evaluator=evaluator,
-        digests=digests | {"reward_model": reward.revision},
-        position=saved.position if saved else RunPosition(),
+        digests=digests,
+        sinks=stack.enter_context(
+            record_start(config, folder, from_step=position.step, seen_step=seen, digests=digests)
+        ),
+        position=position,
         saved_step=saved.position.step if saved else 0,
     )
-
-
-def _evaluator(config: PPOConfig, tokenizer: Any) -> Evaluator | None:
-    if config.evaluation.prompts is None:
-        return None
-    prompts = load_prompts(
-        config.evaluation.prompts,
-        tokenizer,
-        max_tokens=config.max_prompt_tokens,
-        skip_bad=config.skip_bad,
-    )
-    judge = load_judge(config.evaluation.judge) if config.evaluation.judge else None
-    return Evaluator(prompts[: config.evaluation.num_prompts], tokenizer, config.seed, judge)
 
 
 def _pretraining(config: PPOConfig, tokenizer: Any) -> Loaded[TokenSequence] | None:
@@ -377,6 +381,9 @@ def _publisher(
 
 def _introduce(session: Session) -> None:
     """Tell Control what the run is, and the steps that a checkpoint brought back."""
+    if session.control.address:
+        session.folder.note_addresses(session.control.address, session.control.page)
+    session.control.samples_kept(newest_samples(session.folder.path / "samples.jsonl"))
     rows = session.folder.read_metrics()
     evaluations = {row["step"]: row for row in rows if "step_s" not in row}
     session.control.begin(

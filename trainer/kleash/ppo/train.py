@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager
 
+from kleash.base import tracing
 from kleash.base.progress import NullProgress, Progress
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState
@@ -55,12 +57,13 @@ def train(
         try:
             run.evaluate_if_due()
             while run.position.step < config.total_steps and control.may_continue(run.save):
-                metrics = ppo_step(run)
-                run.record(metrics)
-                figures = run.evaluate_if_due()
-                control.step_done(figures | metrics)
-                if run.position.step % config.checkpoint.every == 0:
-                    run.save()
+                with _traced_step(run):
+                    metrics = ppo_step(run)
+                    run.record(metrics)
+                    figures = run.evaluate_if_due()
+                    control.step_done(figures | metrics)
+                    if run.position.step % config.checkpoint.every == 0:
+                        run.save()
                 progress.advance(
                     1,
                     score=metrics["score_mean"],
@@ -84,6 +87,13 @@ def train(
         report = write_result(run, seconds=time.monotonic() - started, is_complete=is_complete)
         control.end(RunState.COMPLETED if is_complete else RunState.STOPPING)
         return report
+
+
+def _traced_step(run: Session) -> AbstractContextManager[object]:
+    """Measures the next step, where it is one of those that are traced."""
+    step = run.position.step + 1
+    is_sampled = step % run.config.tracing.sample_every == 0
+    return tracing.root_span("ppo_step", is_sampled=is_sampled, step=step)
 
 
 def ppo_step(run: Session) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import pydantic
 
 from kleash.base.config import Config
+from kleash.base.trace_setup import ServiceTracingConfig
 from kleash.policy.config import PolicyConfig
 from kleash.ppo.config import PPOConfig
 from kleash.reference.config import ReferenceConfig
@@ -26,6 +27,8 @@ class ServeConfig(Config):
 
     server: ServerConfig = ServerConfig()
     """Addresses, limits and the way to stop."""
+    tracing: ServiceTracingConfig = ServiceTracingConfig()
+    """Spans of calls, for who looks for lost time."""
     policy: PolicyConfig | None = None
     """The policy service."""
     reward: RewardConfig | None = None
@@ -73,5 +76,19 @@ class UpConfig(Config):
     def serve_config(self, name: str, port: int) -> ServeConfig:
         """Configuration of the process of one service, on loopback."""
         return ServeConfig.model_validate(
-            {"server": ServerConfig(port=port), name: self.section(name)}
+            {
+                "server": ServerConfig(port=port),
+                "tracing": self._tracing(name),
+                name: self.section(name),
+            }
+        )
+
+    def _tracing(self, name: str) -> ServiceTracingConfig:
+        """As the trainer traces, and nothing beside its steps."""
+        its = self.ppo.tracing
+        if its.exporter == "none":
+            return ServiceTracingConfig()
+        file = self.ppo.traces / f"{name}.jsonl" if its.exporter == "file" else None
+        return ServiceTracingConfig(
+            exporter=its.exporter, file=file, endpoint=its.endpoint, sample_ratio=0.0
         )
