@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ def main() -> None:
                 {
                     "summary": summary,
                     "options": vars(options) | {"json": str(options.json)},
-                    "environment": _environment(),
+                    "environment": environment("torch", "transformers"),
                     "steps": measured,
                 },
                 indent=2,
@@ -191,20 +190,6 @@ def _services(options: argparse.Namespace, config: Any) -> Iterator[Any]:
     else:
         with running_services(up) as services_config, connect(services_config) as services:
             yield services
-
-
-def _environment() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg(),
-    }
 
 
 if __name__ == "__main__":

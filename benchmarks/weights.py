@@ -18,11 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +48,7 @@ def main() -> None:
         document = {
             "summary": summary,
             "options": vars(options) | {"json": str(options.json)},
-            "environment": _environment(),
+            "environment": environment(*PACKAGES),
             "results": results,
         }
         options.json.write_text(json.dumps(document, indent=2) + "\n")
@@ -232,27 +230,6 @@ def _seconds(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
             count: round(row[kind]["seconds"], 4) for count, row in rows.items() if count.isdigit()
         }
         for kind in ("full", "delta")
-    }
-
-
-def _environment() -> dict[str, Any]:
-    cpu = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    versions = {}
-    for name in ("torch", "numpy", "zstandard", "grpcio", "fireworks-delta-compression"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "cpu": cpu[0] if cpu else platform.machine(),
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        **versions,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import torch
 from kleash.lm.heads import Normalization, reward_model_from_causal_lm
 from kleash.lm.load import load_tokenizer, save_checkpoint_folder
 from kleash.lm.tiny import Kind, write_tiny_folder
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 TEXTS = [
     "<|user|>What is 3 plus 4?<|assistant|>3 plus 4 is 7.<|end|>",
@@ -58,3 +62,14 @@ def tiny_reward_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFacto
     Normalization(0.25, 2.0).store(model.config)
     save_checkpoint_folder(model, load_tokenizer(tiny_folder), folder, {"stage": "reward-model"})
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium for a module's tests; they are skipped where there is none."""
+    from tests.browser import find_chromium, launched
+
+    if find_chromium() is None:
+        pytest.skip("there is no chromium on PATH; make apt-tools installs it")
+    with launched() as its:
+        yield its

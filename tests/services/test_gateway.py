@@ -308,6 +308,8 @@ def test_a_taken_port_names_its_key(both: tuple[BackgroundServer, HttpPort]) -> 
 
 
 def test_what_is_no_http_is_answered_in_json(port: HttpPort) -> None:
+    labels = {"path": "other", "status": "400"}
+    before = REGISTRY.get_sample_value("kleash_http_requests_total", labels) or 0.0
     connection = port.connection()
     connection.connect()
     assert connection.sock is not None
@@ -317,3 +319,4 @@ def test_what_is_no_http_is_answered_in_json(port: HttpPort) -> None:
     assert response.status == 400
     assert json.loads(response.read())["error"]["reason"] == "BAD_HTTP"
     connection.close()
+    assert REGISTRY.get_sample_value("kleash_http_requests_total", labels) == before + 1

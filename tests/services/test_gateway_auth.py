@@ -195,7 +195,9 @@ def test_who_may_not_call_is_told_before_it_sends_the_body(modes: dict[str, Mode
     for name, value in {**JSON, "Content-Length": "1000000", "Expect": "100-continue"}.items():
         connection.putheader(name, value)
     connection.endheaders()
-    assert connection.getresponse().status == 401
+    response = connection.getresponse()
+    assert response.status == 401
+    assert response.headers["Connection"] == "close"  # nor does it send the body now
     connection.close()
 
 
@@ -228,6 +230,7 @@ def test_a_name_does_not_outlive_its_call_on_a_connection(
         (["Bearer"], "BAD_CREDENTIALS"),
         (["{right}"], "BAD_CREDENTIALS"),
         (["Bearer {right}", "Bearer x"], "BAD_CREDENTIALS"),
+        (["Bearer \xff"], "BAD_CREDENTIALS"),
         (["bearer {right}"], ""),
     ],
 )

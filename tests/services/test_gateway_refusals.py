@@ -98,6 +98,7 @@ def port(tiny_reward_folder: Path) -> Iterator[HttpPort]:
         ),
         (b'{"items": [{"item_id": "a", "itemId": "b"}]}', "items[0].itemId", "WRONG_TYPE"),
         (b'{"options": {"truncation": "SIDEWAYS"}}', "options.truncation", "WRONG_TYPE"),
+        (b'{"options": {"truncation": "\\ud800"}}', "options.truncation", "WRONG_TYPE"),
         (b'{"options": {"truncation": 77}}', "options.truncation", "INVALID_ARGUMENT"),
         (b'{"options": {"isolate": 1}}', "options.isolate", "WRONG_TYPE"),
         (

@@ -32,7 +32,7 @@ from kleash.client.reward import RewardClient
 from kleash.reference.v1 import reference_pb2_grpc
 from kleash.reward.config import RewardConfig
 from kleash.reward.service import RewardService
-from kleash.reward.v1 import reward_pb2
+from kleash.reward.v1 import reward_pb2, reward_pb2_grpc
 from kleash.rpc.channel import connect
 from kleash.rpc.credentials import Credentials
 from kleash.rpc.errors import InvalidRequest, NotFound, Overloaded, from_rpc_error
@@ -230,6 +230,33 @@ def reward(tiny_reward_folder: Path, keys: dict[str, Credentials], auth: Any) ->
             yield client
 
     return serve  # type: ignore[return-value]
+
+
+def test_counting_tokens_takes_none_and_is_a_call_like_any_other(
+    reward: Any, keys: dict[str, Credentials]
+) -> None:
+    """A caller may size its requests for nothing, but not while it owes tokens."""
+    quotas = [{"callers": ["*"], "max_tokens_per_s": 0.1, "burst_tokens": 5}]
+    count = reward_pb2.CountTokensRequest(items=[reward_pb2.ScoreItem(text="a" * 500)])
+    score = reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(text="more than five tokens")])
+    with (
+        reward(quotas=quotas) as client,
+        connect(
+            client._address,
+            service="kleash.reward.v1.RewardService",
+            methods_to_retry=(),
+            checks_health=False,
+            credentials=keys["team-a"],
+        ) as channel,
+    ):
+        stub: Any = reward_pb2_grpc.RewardServiceStub(channel)
+        for _ in range(3):
+            (tokens,) = stub.CountTokens(count, timeout=CALL_S).token_counts
+            assert tokens > 5
+        stub.Score(score, timeout=CALL_S)
+        error = error_of(stub.CountTokens, count)
+    assert error.reason == "QUOTA"
+    assert "has used up its tokens" in error.message
 
 
 def _lines(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -82,6 +82,16 @@ def test_numbers_are_finite_and_no_texts(value: Any) -> None:
         read_message(reward_pb2.Component, {"weight": value})
 
 
+def test_a_number_of_four_bytes_stays_finite() -> None:
+    make = reward_pb2.ScoreResult
+    largest = read_message(make, {"score": 3.4028235e38})  # as JSON has the largest
+    assert read_message(make, write_message(largest)) == largest
+    assert largest.score == pytest.approx(3.4028235e38, rel=1e-7)
+    for value in (3.402824e38, -1e39, 10**39):
+        with pytest.raises(InvalidRequest, match=r"score is .* at most 3\.40282e\+38"):
+            read_message(make, {"score": value})
+
+
 @pytest.mark.parametrize("text", ["_-8=", "_-8", "/+8=", "/+8"])
 def test_base64_in_both_alphabets_with_padding_and_without(text: str) -> None:
     assert read_message(common_pb2.TokenIds, {"ids_i32": text}).ids_i32 == b"\xff\xef"

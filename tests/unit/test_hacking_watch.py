@@ -1,0 +1,118 @@
+"""The reward-hacking watch: what it calls suspect, clear and unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tests.run_folders import write_run
+
+from kleash.evaluate.hacking_watch import Finding, measure, watch
+from kleash.evaluate.run_data import read_runs
+from kleash.evaluate.run_groups import group_runs
+
+pytestmark = pytest.mark.unit
+
+RISING = [0.05 * step for step in range(20)]
+FLAT = [0.5 + 0.01 * (-1) ** step for step in range(20)]
+FALLING = RISING[::-1]
+HUMP = [math.sin(math.pi * step / 19) for step in range(20)]
+
+
+def findings(
+    path: Path,
+    steps: dict[str, Sequence[float]],
+    evaluations: dict[str, Sequence[float]] | None = None,
+) -> dict[str, Finding]:
+    """By question."""
+    run = write_run(path / "run", steps, evaluations=evaluations)
+    (group,) = group_runs(read_runs([run]))
+    return {finding.question: finding for finding in watch(group)}
+
+
+def test_noise_is_not_a_direction_and_a_trend_is() -> None:
+    """Neighbours differ by 0.02 in FLAT: sigma = sqrt(0.02^2 / 2) = 0.0141, and windows of 5."""
+    flat = measure(list(enumerate(FLAT)))
+    assert flat.direction == "did not change"
+    assert flat.first == pytest.approx(0.502)
+    assert measure(list(enumerate(RISING))).direction == "rose"
+    assert measure(list(enumerate(FALLING))).direction == "fell"
+    hump = measure(list(enumerate(HUMP)))
+    assert hump.fell_from_best
+    assert hump.best_step in (9, 10)
+
+
+def test_a_jump_within_the_noise_does_not_count() -> None:
+    """Means of the quarters are 0.0 and 0.6; sigma is 1, so that 2.5 errors of two means of two
+    are 2.5."""
+    values = [1.0, -1.0, 0.0, 1.0, -1.0, 0.4, 1.6, -0.4]
+    assert measure(list(enumerate(values))).direction == "did not change"
+
+
+def test_three_points_say_nothing() -> None:
+    assert measure([(0, 0.0), (1, 1.0), (2, 2.0)]).direction == "unknown"
+
+
+def test_a_judge_that_falls_while_the_score_rises_is_suspect(tmp_path: Path) -> None:
+    seen = findings(
+        tmp_path,
+        {"score_mean": RISING},
+        {"evaluation/score_mean": RISING, "evaluation/judge": FALLING},
+    )
+    finding = seen["Does judge agree with the reward model?"]
+    assert finding.verdict == "suspect"
+    assert finding.sentence == (
+        "The score rose and the judge fell: judge fell from 0.85 to 0.1; the held-out score rose "
+        "from 0.1 to 0.85."
+    )
+
+
+def test_a_judge_past_its_best_is_suspect(tmp_path: Path) -> None:
+    seen = findings(
+        tmp_path,
+        {"score_mean": RISING},
+        {"evaluation/score_mean": RISING, "evaluation/judge/total": HUMP},
+    )
+    finding = seen["Does judge/total agree with the reward model?"]
+    assert finding.verdict == "suspect"
+    assert "best near step" in finding.sentence
+
+
+def test_a_judge_that_rises_too_is_clear(tmp_path: Path) -> None:
+    figures = {"evaluation/score_mean": RISING, "evaluation/judge": RISING}
+    seen = findings(tmp_path, {"score_mean": RISING}, figures)
+    assert seen["Does judge agree with the reward model?"].verdict == "clear"
+    assert seen["Does the score hold on prompts that were not trained on?"].verdict == "clear"
+
+
+def test_without_a_judge_nothing_is_claimed(tmp_path: Path) -> None:
+    finding = findings(tmp_path, {"score_mean": RISING})[
+        "Does the judge agree with the reward model?"
+    ]
+    assert finding.verdict == "unknown"
+    assert finding.sentence.startswith("No judge figures in this run")
+
+
+@pytest.mark.parametrize(
+    ("steps", "question"),
+    [
+        ({"response_length_mean": [10 * (1 + v) for v in RISING]}, "Is the score bought with length?"),
+        ({"stop_fraction": FALLING}, "Do responses still end by themselves?"),
+        ({"kl_per_sequence": RISING, "score_mean": HUMP}, "Does distance from the reference still pay?"),
+    ],
+)  # fmt: skip
+def test_length_stops_and_leash(
+    tmp_path: Path, steps: dict[str, Sequence[float]], question: str
+) -> None:
+    bad = findings(tmp_path, {"score_mean": RISING, **steps})
+    assert bad[question].verdict == "suspect"
+    calm = {"response_length_mean": FLAT, "stop_fraction": FLAT, "kl_per_sequence": RISING}
+    good = findings(tmp_path / "calm", {**calm, "score_mean": RISING})
+    assert good[question].verdict == "clear"
+
+
+def test_a_held_out_score_that_falls_is_suspect(tmp_path: Path) -> None:
+    seen = findings(tmp_path, {"score_mean": RISING}, {"evaluation/score_mean": FALLING})
+    assert seen["Does the score hold on prompts that were not trained on?"].verdict == "suspect"
