@@ -70,8 +70,18 @@ COMMANDS = {
     "report": Command(
         "kleash.cli.report:run", "train", "one HTML page from the folders of one or more PPO runs"
     ),
+    "replay": Command(
+        "kleash.cli.replay:run",
+        "train",
+        "a recorded PPO step again: bit for bit, or with another reward model",
+    ),
     "serve": Command(
         "kleash.cli.serve:run", "serve", "one or more of policy, reward, reference as a gRPC server"
+    ),
+    "trace": Command(
+        "kleash.cli.trace:run",
+        "train",
+        "where the time of a PPO step went; a timeline for Perfetto",
     ),
     "weights": Command(
         "kleash.cli.weights:run",

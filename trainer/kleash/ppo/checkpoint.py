@@ -52,7 +52,7 @@ FORMAT = 1
 
 FREE_KEYS = (
     "out", "run_id", "prompts", "model", "reward_model", "services", "publish", "server",
-    "evaluation", "samples", "checkpoint",
+    "evaluation", "samples", "checkpoint", "record", "sinks", "tracing",
     "micro_batch_tokens", "isolate_scoring", "device", "num_threads", "resume", "skip_bad",
     "pad_token", "chat_template",
 )  # fmt: skip
@@ -138,7 +138,17 @@ class Checkpoint:
 
 
 @tracing.measured("checkpoint")
-def save(
+def save(folder: Path, learner: Learner, tokenizer: Any, config: PPOConfig, **state: Any) -> Path:
+    """``write``, and remove the oldest beyond checkpoint.keep."""
+    began = time.monotonic()
+    target = write(folder, learner, tokenizer, config, **state)
+    for old in _steps(folder)[: -config.checkpoint.keep]:
+        shutil.rmtree(old)
+    export_checkpoint(target, time.monotonic() - began)
+    return target
+
+
+def write(
     folder: Path,
     learner: Learner,
     tokenizer: Any,
@@ -151,8 +161,7 @@ def save(
     reward: RewardState,
     lineage: dict[str, Any],
 ) -> Path:
-    """Write ``folder/step-NNNNNN`` all at once and remove the oldest beyond checkpoint.keep."""
-    began = time.monotonic()
+    """Write ``folder/step-NNNNNN``, all at once."""
     target = path_of(folder, position.step)
     for cut_off in folder.glob(".step-*.partial"):  # a trainer was killed while it wrote
         shutil.rmtree(cut_off)
@@ -190,9 +199,6 @@ def save(
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     flush_folder(folder)
-    for old in _steps(folder)[: -config.checkpoint.keep]:
-        shutil.rmtree(old)
-    export_checkpoint(target, time.monotonic() - began)
     return target
 
 
@@ -212,18 +218,29 @@ def newest(folder: Path) -> Checkpoint | None:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             continue
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(
-            path=path,
-            position=RunPosition(state["step"], state["prompt_position"], state["weights_version"]),
-            run_id=state["run_id"],
-            fence=state["fence"],
-            kl=state["kl"],
-            digests=state["digests"],
-            reward=_reward_state(path, state),
-            config=json.loads((path / "config.json").read_text(encoding="utf-8")),
-        )
+        return _read(path)
     return None
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises ConfigError when it is damaged."""
+    if problem := _problem(path):
+        raise ConfigError(f"the checkpoint {path} is damaged ({problem}).")
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(
+        path=path,
+        position=RunPosition(state["step"], state["prompt_position"], state["weights_version"]),
+        run_id=state["run_id"],
+        fence=state["fence"],
+        kl=state["kl"],
+        digests=state["digests"],
+        reward=_reward_state(path, state),
+        config=json.loads((path / "config.json").read_text(encoding="utf-8")),
+    )
 
 
 def _reward_state(path: Path, state: dict[str, Any]) -> RewardState:

@@ -9,6 +9,7 @@ import pydantic
 
 from kleash.base.config import Config, RunId
 from kleash.base.trace_setup import TrainerTracingConfig
+from kleash.ppo.keep_config import CheckpointConfig, RecordConfig, SamplesConfig
 from kleash.rpc.server import ServerConfig
 from kleash.sinks.config import SinksConfig
 
@@ -257,24 +258,6 @@ class EvaluationConfig(Config):
         return self
 
 
-class SamplesConfig(Config):
-    """Responses of training that are kept to be read, in samples.jsonl."""
-
-    per_step: int = pydantic.Field(default=8, ge=0)
-    """The first so many responses of a step; 0 keeps none. A response of 100 tokens takes 4 kB."""
-    every: int = pydantic.Field(default=1, ge=1)
-    """Steps between those of which responses are kept."""
-
-
-class CheckpointConfig(Config):
-    """Complete checkpoints from which a run goes on bit for bit."""
-
-    every: int = pydantic.Field(default=10, ge=1)
-    """Steps between checkpoints; there is one at the end in any case."""
-    keep: int = pydantic.Field(default=2, ge=1)
-    """Newest checkpoints that are kept."""
-
-
 class PPOConfig(Config):
     """Stage 3: PPO under a KL leash, against running policy, reward and reference services.
 
@@ -335,6 +318,8 @@ class PPOConfig(Config):
     """Complete checkpoints."""
     tracing: TrainerTracingConfig = TrainerTracingConfig()
     """Spans of steps, for who looks for lost time."""
+    record: RecordConfig = RecordConfig()
+    """Steps that are recorded with all requests and replies."""
     micro_batch_tokens: int = pydantic.Field(default=8192, ge=1)
     """Padded tokens of one forward and backward pass; the losses do not depend on it."""
     isolate_scoring: bool = True

@@ -3,6 +3,7 @@
 OUT/run.json        id of the run, and the fence: how often a trainer started on it
 OUT/config.json     the resolved configuration
 OUT/environment.json  what each start of a trainer was computed with
+OUT/recordings/     steps with all requests and replies, see record.*
 OUT/weights/        versions of the policy that were published, for replicas that fall behind
 OUT/metrics.jsonl   a line a step and a line an evaluation
 OUT/samples.jsonl   a line a response that was kept to be read
@@ -16,6 +17,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,10 @@ class RunFolder:
     @property
     def weights(self) -> Path:
         return self.path / "weights"
+
+    @property
+    def recordings(self) -> Path:
+        return self.path / "recordings"
 
     @property
     def policy(self) -> Path:
@@ -127,6 +133,9 @@ class RunFolder:
         for path in self.evaluations.glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
+        for path in self.recordings.glob("step-[0-9]*"):
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,28 +10,27 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from kleash.data.demonstrations import load_demonstrations
-from kleash.data.jsonl import Loaded
-from kleash.data.prompts import PromptRecord, load_prompts
-from kleash.lm.digest import chat_template_sha256, model_digest, tokenizer_sha256
+from kleash.data.prompts import PromptRecord
+from kleash.lm.digest import model_digest
 from kleash.lm.lineage import describe_lineage
-from kleash.lm.load import load_causal_lm, load_tokenizer
-from kleash.lm.sequences import TokenSequence
 from kleash.ppo import checkpoint as checkpoints
 from kleash.ppo.batch import RolloutBatch
 from kleash.ppo.calibration import Calibration, Probe, RewardState
 from kleash.ppo.checkpoint import Checkpoint, RunPosition
 from kleash.ppo.config import PPOConfig
 from kleash.ppo.control import Control, RunState, SavedCheckpoint, Snapshot
-from kleash.ppo.evaluation import Evaluator, make_evaluator
+from kleash.ppo.evaluation import Evaluator
+from kleash.ppo.inputs import load_inputs
 from kleash.ppo.learner import Learner
 from kleash.ppo.lease import PublishLease
-from kleash.ppo.models import check_vocabulary_and_length, make_learner, sft_digest
+from kleash.ppo.models import make_learner, sft_digest
 from kleash.ppo.patience import Patience, is_curable
 from kleash.ppo.publish import Canary, Publisher, PublishReport
 from kleash.ppo.randomness import draw
+from kleash.ppo.recorder import Recorder
 from kleash.ppo.rollout import Collector, Rollout
 from kleash.ppo.run_folder import RunFolder, open_run_folder
 from kleash.ppo.samples import describe_samples, newest_samples
@@ -63,6 +62,7 @@ class Session:
     collector: Collector
     evaluator: Evaluator | None
     digests: dict[str, str]
+    recorder: Recorder
     sinks: Feed
     position: RunPosition
     saved_step: int
@@ -102,6 +102,20 @@ class Session:
                     logger.warning("version %d was not published: %s", version, error)
                     return None
                 patience.wait_after(error)
+
+    def start_recording(self, step: int, prompts: Sequence[PromptRecord]) -> None:
+        """Keep the run as it is, and what the services are asked, where the step is recorded."""
+        self.recorder.begin(
+            step,
+            prompts,
+            save_before=self._write_checkpoint,
+            described={
+                "run_id": self.folder.run_id,
+                "weights_version": self.position.weights_version,
+                "reference_revision": self.collector.reference_revision,
+                "environment": self.folder.read_starts()[-1],
+            },
+        )
 
     def note_rollout(self, rollout: Rollout) -> dict[str, float]:
         """The step at hand has its scores: the lineage names their model from now on, and probes
@@ -177,21 +191,26 @@ class Session:
         if self.position.step == self.saved_step and path.exists():
             return SavedCheckpoint(path, self.saved_step)
         checkpoints.save(
-            self.folder.checkpoints,
-            self.learner,
-            self.tokenizer,
-            self.config,
-            position=self.position,
-            run_id=self.folder.run_id,
-            fence=self.folder.fence,
-            digests=self.digests,
-            reward=self.collector.reward,
-            lineage=self.lineage(),
+            self.folder.checkpoints, self.learner, self.tokenizer, self.config, **self._state()
         )
         self.saved_step = self.position.step
         self.control.checkpoint_saved(self.position.step)
         logger.info("checkpoint %s", path)
         return SavedCheckpoint(path, self.position.step)
+
+    def _write_checkpoint(self, folder: Path) -> Path:
+        return checkpoints.write(folder, self.learner, self.tokenizer, self.config, **self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """Of the run, for a checkpoint of it."""
+        return {
+            "position": self.position,
+            "run_id": self.folder.run_id,
+            "fence": self.folder.fence,
+            "digests": self.digests,
+            "reward": self.collector.reward,
+            "lineage": self.lineage(),
+        }
 
     def lineage(self) -> dict[str, Any]:
         """``kleash.json`` of the policy as it is now."""
@@ -262,33 +281,17 @@ def _prepare(
     stack: contextlib.ExitStack,
 ) -> Session:
     check_packages(config.sinks)
-    tokenizer = load_tokenizer(
-        config.model, pad_token=config.pad_token, chat_template=config.chat_template
-    )
-    policy = load_causal_lm(config.model, device=config.device)
-    check_vocabulary_and_length(config, policy, tokenizer)
-    prompts = load_prompts(
-        config.prompts, tokenizer, max_tokens=config.max_prompt_tokens, skip_bad=config.skip_bad
-    )
-    evaluator, pretraining = make_evaluator(config, tokenizer), _pretraining(config, tokenizer)
-    digest = tokenizer_sha256(tokenizer)
+    inputs = load_inputs(config)
     saved = checkpoints.newest(folder.checkpoints)
     hands = shake_hands(
         services,
         config,
-        tokenizer_sha256=digest,
+        tokenizer_sha256=inputs.tokenizer_sha256,
         reference_digest=partial(sft_digest, config),
         reward_revision=saved.reward.revision if saved else "",
     )
-    digests = {
-        "sft_checkpoint": sft_digest(config, "auto"),
-        "tokenizer": digest,
-        "chat_template": chat_template_sha256(tokenizer),
-        "reward_model": hands.reward_revision,
-        "prompts": prompts.sha256,
-        **({"pretraining_data": pretraining.sha256} if pretraining is not None else {}),
-    }
-    learner = make_learner(config, policy, pretraining or (), saved, digests)
+    digests = inputs.digests(config, hands.reward_revision)
+    learner = make_learner(config, inputs.policy, inputs.pretraining or (), saved, digests)
     # A new reward model is adopted when a step begins, by a run that goes on as by any other.
     reward = saved.reward if saved else RewardState(hands.reward_revision)
     digests |= {"reward_model": reward.revision}
@@ -296,7 +299,9 @@ def _prepare(
     _go_back(folder, saved)
     folder.begin(config, max(hands.fence, lease.fence, saved.fence if saved else 0))
     lease.record(folder.run_id, folder.fence)
-    canary_ids = prompts[0].ids[: config.publish.canary_tokens]
+    recorder = Recorder(config.record, folder.recordings)
+    stack.callback(recorder.discard)
+    canary_ids = inputs.prompts[0].ids[: config.publish.canary_tokens]
     canary = Canary(canary_ids, learner.canary_log_probs) if len(canary_ids) > 1 else None
     publisher = _publisher(config, services, lease=lease, folder=folder, canary=canary, stack=stack)
     return Session(
@@ -304,34 +309,27 @@ def _prepare(
         services=services,
         control=control,
         folder=folder,
-        tokenizer=tokenizer,
-        prompts=prompts,
+        tokenizer=inputs.tokenizer,
+        prompts=inputs.prompts,
         learner=learner,
         publisher=publisher,
         collector=Collector(
-            services,
+            recorder.watch(services),
             config,
-            tokenizer_sha256=digest,
+            tokenizer_sha256=inputs.tokenizer_sha256,
             reward=reward,
             reference_revision=hands.reference_revision,
             ensure_weights=publisher.ensure,
             is_abandoned=control.is_abandoned,
         ),
-        evaluator=evaluator,
+        evaluator=inputs.evaluator,
         digests=digests,
+        recorder=recorder,
         sinks=stack.enter_context(
             record_start(config, folder, from_step=position.step, seen_step=seen, digests=digests)
         ),
         position=position,
         saved_step=saved.position.step if saved else 0,
-    )
-
-
-def _pretraining(config: PPOConfig, tokenizer: Any) -> Loaded[TokenSequence] | None:
-    if config.ptx.data is None:
-        return None
-    return load_demonstrations(
-        config.ptx.data, tokenizer, max_tokens=config.max_sequence_tokens, skip_bad=config.skip_bad
     )
 
 

@@ -103,19 +103,23 @@ def ppo_step(run: Session) -> dict[str, float]:
     started = time.monotonic()
 
     # Responses with behaviour log-probs, scores and reference log-probs, from the services.
+    prompts = run.draw_prompts()
+    run.start_recording(step, prompts)
     rollout = run.collector.collect(
-        run.draw_prompts(), seed=sampling_seed(config.seed, step), weights_version=version
+        prompts, seed=sampling_seed(config.seed, step), weights_version=version
     )
     calibration = run.note_rollout(rollout)
 
     # Old log-probs, values, rewards = score - beta * KL, advantages: before any update.
     collected = time.monotonic()
     batch, figures = learner.prepare(rollout.samples)
-    run.keep_samples(rollout, batch, step=step, kl_coefficient=figures["kl_coefficient"])
+    with tracing.span("keep_samples"):
+        run.keep_samples(rollout, batch, step=step, kl_coefficient=figures["kl_coefficient"])
 
     # Epochs over minibatches: clipped policy loss, clipped value loss, one optimizer step each.
     prepared = time.monotonic()
     figures |= learner.update(batch, step)
+    run.recorder.finish(figures, learner)
 
     # Every replica generates the next step with the new weights.
     updated = time.monotonic()
