@@ -15,7 +15,7 @@ WORKERS ?= logical
 HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
 .PHONY: setup demo test check bench protos protos-check openapi lint types imports clean help
-.PHONY: image test-image apt-tools client-venvs bench-framework
+.PHONY: metrics-docs metrics-docs-check image test-image apt-tools client-venvs bench-framework
 .PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards dashboard-pictures chart-readme
 
 help:  ## list the targets
@@ -37,7 +37,7 @@ demo: $(STAMP)  ## all three stages of RLHF on the small world, from nothing, on
 test: check k8s-tools checkov $(S3_VENV)/.installed client-venvs bench-framework  ## every check and every test that this machine can run
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=loadfile
 
-check: lint types imports protos-check manifests-check  ## linters, types, layer contracts, generated code
+check: lint types imports protos-check manifests-check metrics-docs-check  ## linters, types, layer contracts, generated code
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,6 +49,12 @@ types: $(STAMP)
 
 imports: $(STAMP)
 	$(BIN)/lint-imports
+
+metrics-docs: $(STAMP)  ## write docs/metrics.md from the definitions of metrics and figures
+	$(BIN)/python docs/metrics_page.py
+
+metrics-docs-check: $(STAMP)
+	$(BIN)/python docs/metrics_page.py --check
 
 bench: $(STAMP) bench-framework  ## the benchmarks, quickly; full runs are described in benchmarks/README.md
 	$(BIN)/python benchmarks/ppo_step.py --quick

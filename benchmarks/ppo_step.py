@@ -34,6 +34,8 @@ PHASES = (
 
 def main() -> None:
     """Parse, run, print, write."""
+    from environment import environment
+
     options = _parse()
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     with tempfile.TemporaryDirectory() as folder:

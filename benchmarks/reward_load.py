@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ def main() -> None:
     """Parse, run, print, write."""
     options = _parse()
     os.environ["OMP_NUM_THREADS"] = "1"
+    from environment import environment
     from reward_load_overload import overload
     from reward_load_restart import restart
 
@@ -54,7 +53,8 @@ def main() -> None:
         document = {
             "summary": summary,
             "options": vars(options) | {"json": str(options.json)},
-            "environment": _environment() | {"began": began, "ended": time.strftime("%H:%M:%S")},
+            "environment": environment("grpcio", "torch", "transformers")
+            | {"began": began, "ended": time.strftime("%H:%M:%S")},
             "results": results,
         }
         options.json.write_text(json.dumps(document, indent=2) + "\n")
@@ -140,16 +140,6 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) / 1024
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "versions": {name: metadata.version(name) for name in ("grpcio", "torch", "transformers")},
-    }
 
 
 if __name__ == "__main__":

@@ -19,17 +19,15 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "aiohttp")
 CALLERS = (1, 16, 64)
 NUM_TEXTS = 512
 CEILING_BATCH_TOKENS = (1024, 4096, 16_384)
@@ -72,6 +70,8 @@ FULL = (
 
 def main() -> None:
     """Run, print, write."""
+    from environment import environment
+
     options = _parse()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     cases = QUICK if options.quick else FULL
@@ -88,7 +88,7 @@ def main() -> None:
         document = {
             "summary": summary,
             "options": vars(options) | {"out": str(options.out)},
-            "environment": _environment(),
+            "environment": environment(*PACKAGES),
             "results": results,
         }
         options.out.write_text(json.dumps(document, indent=2) + "\n")
@@ -314,23 +314,6 @@ def _text(words: list[str], num_words: int, seed: int) -> str:
     generator = random.Random(seed)
     weights = [1 / (place + 1) for place in range(len(words))]
     return " ".join(generator.choices(words, weights, k=num_words))
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("torch", "transformers", "grpcio", "protobuf", "aiohttp")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "processor": _processor(),
-        **{name: metadata.version(name) for name in packages},
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

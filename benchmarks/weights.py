@@ -25,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("deltas", "fleet")
+PACKAGES = ("torch", "numpy", "zstandard", "grpcio", "fireworks-delta-compression")
 ABOUT = 0.03
 """Changed fraction at which codecs are compared in the summary."""
 
 
 def main() -> None:
     """Parse, run, print, write."""
+    from environment import environment
+
     options = _parse()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     results: dict[str, Any] = {}

@@ -3,7 +3,7 @@
     python -m tests.dashboard_pictures docs/images --minutes=4
 
 Every number in them is one that a Prometheus read from a real run on tiny models, with applications
-that call its reward service and a reference service that was away for a moment.
+that call its reward service, a replica of the policy and a reference service that are restarted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from k8s.dashboards.answers import Asking
-from k8s.dashboards.draw import draw_all
+from k8s.dashboards.draw import described, draw_all
 from tests.k8s.tools import find
 from tests.observed_run import NAMESPACE, ObservedRun, observed_run, tiny_models
 from tests.reward_callers import LIMITS, RewardCallers
@@ -35,9 +35,7 @@ def main() -> int:
         folder = Path(name)
         with observed_run(folder, program, tiny_models(folder), reward={"limits": LIMITS}) as run:
             drawn = _pictures(run, options.folder, 60 * options.minutes)
-    for path, without_data in drawn.items():
-        empty = f", no data: {', '.join(without_data)}" if without_data else ""
-        sys.stdout.write(f"{path}: {path.stat().st_size / 1000:.0f} kB{empty}\n")
+    sys.stdout.write(described(drawn))
     return 0
 
 
@@ -47,10 +45,11 @@ def _pictures(run: ObservedRun, folder: Path, seconds: float) -> dict[Path, list
     run.wait_for_steps(1)
     with RewardCallers(run.pod("reward").address):
         time.sleep(seconds * 0.6)
-        reference = run.pod("reference")
-        reference.kill()
-        time.sleep(seconds * 0.02)
-        reference.start()
+        away = run.pod("reference"), run.pod("policy", 1)
+        for pod in away:
+            pod.kill()
+        for pod in away:
+            pod.start()
         time.sleep(max(0.0, began + seconds - time.time()))
         asking = Asking(
             run.prometheus,

@@ -195,8 +195,8 @@ class ObservedRun:
         def are_loaded() -> bool:
             for pod in services:
                 assert pod.is_running, f"{pod.name} ended:\n{pod.log.read_text()}"
-            loaded = self.prometheus.value('sum(kleash_model_loaded{service!="trainer"} == 1)')
-            return loaded == len(services)
+            there = 'kleash_model_loaded{app_kubernetes_io_component!="trainer"} == 1'
+            return self.prometheus.value(f"sum({there})") == len(services)
 
         self.prometheus.wait_until(are_loaded, f"{len(services)} loaded models", 2 * START_S)
 

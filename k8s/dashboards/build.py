@@ -128,6 +128,8 @@ def _panel(panel: Panel) -> PanelBuilder:
     for number, (legend_format, expression) in enumerate(panel.targets):
         query = prometheus.Dataquery().expr(expression).legend_format(legend_format)
         query.ref_id(chr(ord("A") + number)).datasource(SOURCE)
+        if panel.has_exemplars:
+            query.exemplar(True)
         # A number is the newest one: over 30 days, a curve of them would be asked for dearly.
         if panel.kind in ("number", "table"):
             query.instant()

@@ -8,6 +8,7 @@ Grafana's grid has 24 columns; a panel of height 8 is drawn 8 * UNIT_PX high.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -297,6 +298,15 @@ def draw_all(asking: Asking, folder: Path, theme: Theme = LIGHT) -> dict[Path, l
     return {path: draw(dashboard(name), asking, path, theme) for name, path in paths.items()}
 
 
+def described(drawn: dict[Path, list[str]]) -> str:
+    """What ``draw_all`` did, a line for each file."""
+    lines = []
+    for path, without_data in drawn.items():
+        empty = f", no data in: {', '.join(without_data)}" if without_data else ""
+        lines.append(f"{path}: {path.stat().st_size / 1000:.0f} kB{empty}\n")
+    return "".join(lines)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -315,7 +325,8 @@ def main() -> None:
         end_s=now,
         scrape_interval_s=options.scrape_interval,
     )
-    draw_all(asking, options.folder, DARK if options.dark else LIGHT)
+    drawn = draw_all(asking, options.folder, DARK if options.dark else LIGHT)
+    sys.stdout.write(described(drawn))
 
 
 if __name__ == "__main__":

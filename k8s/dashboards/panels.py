@@ -37,6 +37,8 @@ class Panel:
     """Values that the axis reaches at least, below and above; None follows the curves."""
     alarm_below: float | None = None
     """A number below it is red."""
+    has_exemplars: bool = False
+    """Mark single calls on the lines, which lead to their traces."""
     joins_gaps: bool = False
     """Draw through moments without a value: what is only known at the end of a step."""
 

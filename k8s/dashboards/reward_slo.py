@@ -133,6 +133,7 @@ CALLS = Row(
             "Seconds from the start of a unary call to its status.",
             "s",
             quantiles("grpc_server_handling_seconds", f'{REWARD}, grpc_type="unary"'),
+            has_exemplars=True,
         ),
     ),
 )

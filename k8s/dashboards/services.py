@@ -41,8 +41,8 @@ HEALTH = Row(
             "s",
             (
                 (
-                    "{{instance}}",
-                    quantile(0.99, "kleash_event_loop_lag_seconds", "instance"),
+                    "{{pod}}",
+                    quantile(0.99, "kleash_event_loop_lag_seconds", "pod"),
                 ),
             ),
         ),
@@ -50,13 +50,13 @@ HEALTH = Row(
             "Processors used",
             "Seconds of computing in a second: 2 is two cores. At the pod's limit: throttled.",
             "short",
-            (("{{instance}}", per_second("process_cpu_seconds_total", "instance")),),
+            (("{{pod}}", per_second("process_cpu_seconds_total", "pod")),),
         ),
         Panel(
             "Memory of processes",
             "Resident memory of each process.",
             "bytes",
-            (("{{instance}}", f"process_resident_memory_bytes{{{PODS}}}"),),
+            (("{{pod}}", f"process_resident_memory_bytes{{{PODS}}}"),),
         ),
         gpu_memory(),
     ),

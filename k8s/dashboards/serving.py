@@ -69,8 +69,8 @@ def batches(labels: str = PODS) -> Row:
 
 def models(labels: str = PODS, *, span: int = 16) -> Panel:
     """What is served; ``labels`` choose the models."""
-    columns = ("instance", "service", "name", "revision", "dtype", "tokenizer_sha256")
-    headings = ("Instance", "Service", "Model", "Revision", "Type", "Tokenizer")
+    columns = ("pod", "service", "name", "revision", "dtype", "tokenizer_sha256")
+    headings = ("Pod", "Service", "Model", "Revision", "Type", "Tokenizer")
     return Panel(
         "Models that are served",
         "Name, revision, number type and tokenizer of each model. Two revisions of one model: a "
@@ -92,8 +92,8 @@ def gpu_memory(runs: str = "") -> Panel:
         "bytes",
         (
             (
-                "{{instance}} {{kind}}",
-                f"sum by (instance, kind) ({gauge('kleash_gpu_memory_bytes', runs=runs)})",
+                "{{pod}} {{kind}}",
+                f"sum by (pod, kind) ({gauge('kleash_gpu_memory_bytes', runs=runs)})",
             ),
         ),
     )

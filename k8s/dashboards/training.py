@@ -12,10 +12,16 @@ from k8s.dashboards.panels import (
     quantile,
 )
 
+FAILED_ATTEMPTS = f'{PODS}, outcome="failed"'
+
 
 def trained(name: str, by: str = "job") -> str:
-    """A gauge of the trainers, one line for each run also when its pod is replaced."""
-    return f"max by ({by}) ({gauge(name, runs='trainer')})"
+    """A gauge of the trainers that have done a step: before it, and elsewhere, it is a mere 0.
+
+    One line for each run, also when its pod is replaced.
+    """
+    has_steps = f"and on (namespace, job, instance) kleash_train_step{{{PODS}}} > 0"
+    return f"max by ({by}) ({name}{{{PODS}}} {has_steps})"
 
 
 PROGRESS = Row(
@@ -26,8 +32,8 @@ PROGRESS = Row(
             "PPO steps, those before a restart included.",
             "short",
             (
-                ("done", trained("kleash_train_step")),
-                ("of", trained("kleash_train_total_steps")),
+                ("done", f"max({gauge('kleash_train_step', runs='trainer')})"),
+                ("of", f"max({gauge('kleash_train_total_steps', runs='trainer')})"),
             ),
             kind="number",
             span=4,
@@ -39,7 +45,7 @@ PROGRESS = Row(
             (
                 (
                     "{{job}}",
-                    f"time() - ({trained('kleash_train_last_step_timestamp_seconds')} > 0)",
+                    f"time() - {trained('kleash_train_last_step_timestamp_seconds')}",
                 ),
             ),
             kind="number",
@@ -179,7 +185,8 @@ WEIGHTS = Row(
             (
                 (
                     "trainer",
-                    per_second("kleash_publish_total", "job", f'{PODS}, outcome="failed"'),
+                    f"{per_second('kleash_publish_total', 'job', FAILED_ATTEMPTS)} or "
+                    f"0 * {per_second('kleash_publish_total', 'job')}",
                 ),
                 (
                     "{{pod}}",
@@ -193,8 +200,8 @@ WEIGHTS = Row(
             "trainer knows of. Apart: the run goes on by publish.quorum.",
             "short",
             (
-                ("serve", trained("kleash_publish_replicas")),
                 ("known", trained("kleash_publish_known_replicas")),
+                ("serve", trained("kleash_publish_replicas")),
             ),
             between=(0, None),
         ),
@@ -242,6 +249,7 @@ CLIENT = Row(
                     quantile(0.95, "grpc_client_handling_seconds", "grpc_method", runs="trainer"),
                 ),
             ),
+            has_exemplars=True,
         ),
     ),
 )

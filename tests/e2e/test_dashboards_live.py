@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from k8s.dashboards.answers import Asking
-from k8s.dashboards.draw import WIDTH_PX, draw, height_px
+from k8s.dashboards.draw import WIDTH_PX, height_px
 from k8s.dashboards.saved import NAMES, dashboard, expressions, fill_in
 from PIL import Image
-from tests.k8s.tools import need
+from tests.k8s.tools import ROOT, need
 from tests.observed_run import NAMESPACE, Models, ObservedRun, observed_run
 from tests.prometheus import START_S
 from tests.reward_callers import LIMITS, RewardCallers
@@ -30,7 +31,7 @@ EMPTY = {
 def run(
     tiny_folder: Path, tiny_reward_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ObservedRun]:
-    """A run with callers beside it, in which a service was away for a moment."""
+    """A run with callers beside it, in which two services were away for a moment."""
     program = need("prometheus")
     models = Models(policy=tiny_folder, reward=tiny_reward_folder)
     folder = tmp_path_factory.mktemp("observed")
@@ -38,9 +39,11 @@ def run(
         run.train()
         with RewardCallers(run.pod("reward").address):
             run.wait_for_steps(2)
-            reference = run.pod("reference")
-            reference.kill()
-            reference.start()
+            away = run.pod("reference"), run.pod("policy", 1)
+            for pod in away:
+                pod.kill()
+            for pod in away:
+                pod.start()
             run.wait_for_steps(len(run.steps()) + 5)
             run.prometheus.wait_for_targets()
             yield run
@@ -82,22 +85,20 @@ def test_what_is_excused_is_empty(run: ObservedRun) -> None:
     assert not shown, "take these out of EMPTY: they show something"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_pictures_have_data_in_every_panel(name: str, run: ObservedRun, tmp_path: Path) -> None:
-    """Runs after the tests above have waited for an answer to every expression."""
-    asking = Asking(
-        run.prometheus,
-        namespace=NAMESPACE,
-        start_s=time.time() - START_S,
-        end_s=time.time(),
-        scrape_interval_s=run.prometheus.interval_s,
-    )
-    path = tmp_path / "picture.png"
-    without_data = draw(dashboard(name), asking, path)
-    assert without_data == [title for dashboard_name, title in EMPTY if dashboard_name == name]
-    with Image.open(path) as image:
-        assert image.size == (WIDTH_PX, height_px(dashboard(name)))
-    assert path.stat().st_size < 400_000
+def test_pictures_have_data_in_every_panel(run: ObservedRun, tmp_path: Path) -> None:
+    """The command; the tests above have waited for an answer to every expression."""
+    command = [sys.executable, "-m", "k8s.dashboards.draw", run.prometheus.url, NAMESPACE, tmp_path]
+    times = ["--minutes=2", f"--scrape-interval={run.prometheus.interval_s}"]
+    done = subprocess.run([*command, *times], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(NAMES, done.stdout.splitlines(), strict=True):
+        path = tmp_path / f"dashboard-{name}.png"
+        empty = ", ".join(title for dashboard_name, title in EMPTY if dashboard_name == name)
+        size = f"{path.stat().st_size / 1000:.0f} kB"
+        assert line == f"{path}: {size}" + (f", no data in: {empty}" if empty else "")
+        with Image.open(path) as image:
+            assert image.size == (WIDTH_PX, height_px(dashboard(name)))
+        assert path.stat().st_size < 400_000
 
 
 def test_an_expression_without_series_is_seen(run: ObservedRun) -> None:

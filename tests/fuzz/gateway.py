@@ -5,7 +5,8 @@ python -m tests.fuzz.gateway [--count=1000000] [--seed=1] [--folder=MODEL_FOLDER
 Bodies are messages as messages.py makes them, in JSON: whole, with values put in that do not belong
 there, or with spoiled bytes; some headers and addresses are odd, too. Every answer must be JSON, of
 a status that the OpenAPI document names, finite and without a trace. A failure prints the request
-and ends with status 1. test_reward_gateway.py lets schemathesis choose requests by the document.
+and ends with status 1. gateway_wire.py sends them without sockets, many times faster, and spoils
+HTTP itself, too; test_reward_gateway.py lets schemathesis choose requests by the document.
 """
 
 from __future__ import annotations
@@ -141,20 +142,26 @@ def _with_odd_value(value: Any, source: Source) -> Any:
     }
 
 
+def hints_of(name: str, revision: str, tokenizer_sha256: str) -> dict[str, list[Any]]:
+    """Good values of fields, for a model."""
+    return {
+        "tokenizer_sha256": [tokenizer_sha256],
+        "model": [name, ""],
+        "revision": ["", revision],
+        "role": ["user", "assistant", "system"],
+        "response_start": [0, 1, 5],
+        "truncation": [0, 1, 2, 3],
+    }
+
+
 class Target:
     """A port, and good values of fields."""
 
     def __init__(self, port: int) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
         described = json.loads(self._ask("GET", "/v1/model", None, {})[1])
-        self.hints = {
-            "tokenizer_sha256": [described["tokenizer_sha256"]],
-            "model": [described["model"]["name"], ""],
-            "revision": ["", described["model"]["revision"]],
-            "role": ["user", "assistant", "system"],
-            "response_start": [0, 1, 5],
-            "truncation": [0, 1, 2, 3],
-        }
+        model = described["model"]
+        self.hints = hints_of(model["name"], model["revision"], described["tokenizer_sha256"])
 
     def close(self) -> None:
         """End the connection."""
@@ -166,9 +173,9 @@ class Target:
         path = its.path.partition("?")[0]
         assert status in ALLOWED, f"{status} {body!r}"
         if status == 200:
-            _check_answer(path, body)
+            check_answer(path, body)
         else:
-            check_failure(json.loads(body, parse_constant=_refuse))
+            check_failure(json.loads(body, parse_constant=refuse))
         return f"{path} {status}"
 
     def _ask(
@@ -191,17 +198,18 @@ def check_failure(body: dict[str, Any]) -> None:
     check_error(InvalidRequest(told["message"]))
 
 
-def _check_answer(path: str, body: bytes) -> None:
+def check_answer(path: str, body: bytes) -> None:
+    """An answer is of its type, finite, and has scores where it says so."""
     make = PATHS[path][1]
     if path == "/get_reward":
-        value = json.loads(body, parse_constant=_refuse)
+        value = json.loads(body, parse_constant=refuse)
         assert len(value["rewards"]) == len(value["scores"])
         assert all(isinstance(reward, float) for reward in value["rewards"])
         return
     for line in body.split(b"\n") if path == "/v1/score_stream" else [body]:
         if not line:
             continue
-        value = json.loads(line, parse_constant=_refuse)
+        value = json.loads(line, parse_constant=refuse)
         if "error" in value:
             check_sentence(value["error"]["message"])
             assert path == "/v1/score_stream"
@@ -209,7 +217,8 @@ def _check_answer(path: str, body: bytes) -> None:
             check_response(json_format.ParseDict(value, make()))
 
 
-def _refuse(name: str) -> None:
+def refuse(name: str) -> None:
+    """Of a constant that is not JSON."""
     raise AssertionError(f"the body holds {name}")
 
 

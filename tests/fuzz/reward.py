@@ -100,11 +100,12 @@ def _score(job: ScoreJob, source: Source) -> RawScore:
     values = None
     if job.wants_token_scores:
         values = np.zeros(job.num_tokens, dtype=np.float32)
-        values[source(0, job.num_tokens - 1)] = _odd_score(source)
-    return RawScore(_odd_score(source), values)
+        values[source(0, job.num_tokens - 1)] = odd_score(source)
+    return RawScore(odd_score(source), values)
 
 
-def _odd_score(source: Source) -> float:
+def odd_score(source: Source) -> float:
+    """A stand-in's, one in nine not finite."""
     return ODD_SCORES[source(0, len(ODD_SCORES) - 1)] if source(0, 3) == 0 else source(-9, 9) / 4
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from k8s.dashboards.answers import Curve, buckets, legend
 from k8s.dashboards.draw import WIDTH_PX, height_px
-from k8s.dashboards.saved import NAMES, dashboard
+from k8s.dashboards.saved import NAMES, dashboard, panels
 from k8s.dashboards.units import in_unit
 from PIL import Image
 from tests.k8s.chart import of_kind, render
@@ -16,7 +17,9 @@ from tests.observed_run import NAMESPACE, RELEASE, target_labels
 
 pytestmark = pytest.mark.k8s
 
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
+PAGE = Path(__file__).parents[2] / "docs" / "observability.md"
+IMAGES = PAGE.parent / "images"
+SECTION = re.MULTILINE | re.DOTALL
 
 
 @pytest.mark.parametrize(
@@ -46,9 +49,8 @@ def test_units(value: float, unit: str, decimals: int | None, text: str) -> None
 
 def test_every_unit_can_be_written() -> None:
     for name in NAMES:
-        for panel in dashboard(name)["panels"]:
-            if panel["type"] != "row":
-                assert in_unit(1.0, panel["fieldConfig"]["defaults"]["unit"])
+        for panel in panels(dashboard(name)):
+            assert in_unit(1.0, panel["fieldConfig"]["defaults"]["unit"])
 
 
 def test_buckets_are_differences() -> None:
@@ -114,3 +116,22 @@ def test_observed_targets_have_the_labels_of_the_monitors(helm: Path) -> None:
         assert own["app.kubernetes.io/part-of"] == expected["app_kubernetes_io_part_of"]
         assert own["app.kubernetes.io/instance"] == expected["app_kubernetes_io_instance"]
         assert own["kleash.dev/run"] == expected["kleash_dev_run"] == RELEASE
+
+
+def test_the_page_names_panels_that_exist() -> None:
+    """Bold words of docs/observability.md are titles of panels, or how they begin."""
+    page = PAGE.read_text(encoding="utf-8")
+    sections = dict(zip(NAMES, re.findall(r"^## Kleash / .*?(?=^## )", page, SECTION), strict=True))
+    for name, section in sections.items():
+        assert section.startswith(f"## {dashboard(name)['title']}\n")
+        assert f"(images/dashboard-{name}.png)" in section
+        titles = [panel["title"] for panel in panels(dashboard(name))]
+        named = re.findall(r"\*\*(.+?)\*\*", section)
+        assert len(named) > 8
+        assert [each for each in named if not any(t.startswith(each) for t in titles)] == []
+
+
+def test_the_page_links_to_what_exists() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", PAGE.read_text(encoding="utf-8"))
+    assert len(links) >= 5
+    assert [link for link in links if not (PAGE.parent / link).exists()] == []

@@ -18,7 +18,7 @@ from tests.k8s.tools import ROOT, need, run
 
 pytestmark = pytest.mark.k8s
 
-PAGES = ("README.md", "docs/operations.md", "docs/security.md")
+PAGES = ("README.md", "docs/operations.md", "docs/observability.md", "docs/security.md")
 NAMES = {"kleash-policy", "kleash-reward", "kleash-reference", "kleash-trainer"}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kleash.base import metrics
 from kleash.lm.decode import Decoded, Decoder, DecodeRequest
 from kleash.lm.load import load_causal_lm
 from kleash.policy.commits import Committed
@@ -79,6 +80,33 @@ def test_a_thread_that_dies_answers_those_who_wait(tiny_folder: Path) -> None:
         loop.submit([request_of("late")], Caller())
     with pytest.raises(Unavailable, match="has died"):
         loop.run(lambda: None)
+    loop.stop()
+
+
+def test_an_idle_loop_shows_that_nothing_runs(tiny_folder: Path) -> None:
+    """It shows its queue before it waits, or the last call would run for ever in the metrics."""
+    model = load_causal_lm(tiny_folder)
+    loop = DecodeLoop(
+        lambda: Decoder(model, max_slots=2, max_length=16), max_queued_tokens=100, model_name="idle"
+    )
+    running = metrics.RUNNING_REQUESTS.labels("policy", "idle")
+    seen: list[float] = []
+    caller = Caller()
+    loop.start()
+    step = loop.decoder.step
+
+    def watched() -> list[Decoded]:
+        seen.append(running._value.get())
+        return step()
+
+    loop.decoder.step = watched  # pyright: ignore[reportAttributeAccessIssue]
+    loop.submit([request_of("only")], caller)
+    assert caller.is_told.wait(WAIT_S)
+    deadline = time.monotonic() + WAIT_S
+    while running._value.get() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert running._value.get() == 0
+    assert 1 in seen
     loop.stop()
 
 

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.unit
 RISING = [0.05 * step for step in range(20)]
 FLAT = [0.5 + 0.01 * (-1) ** step for step in range(20)]
 FALLING = RISING[::-1]
+LONGER = [10 * (1 + value) for value in RISING]
 HUMP = [math.sin(math.pi * step / 19) for step in range(20)]
+
+TOO_FAR = {"kl_per_sequence": RISING, "score_mean": HUMP}
 
 
 def findings(
@@ -45,8 +48,8 @@ def test_noise_is_not_a_direction_and_a_trend_is() -> None:
 
 
 def test_a_jump_within_the_noise_does_not_count() -> None:
-    """Means of the quarters are 0.0 and 0.6; sigma is 1, so that 2.5 errors of two means of two
-    are 2.5."""
+    """Means of the quarters are 0.0 and 0.6; sigma is 1.1, and so is the error of the difference of
+    two means of two: 2.5 of them are 2.8."""
     values = [1.0, -1.0, 0.0, 1.0, -1.0, 0.4, 1.6, -0.4]
     assert measure(list(enumerate(values))).direction == "did not change"
 
@@ -98,11 +101,11 @@ def test_without_a_judge_nothing_is_claimed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "question"),
     [
-        ({"response_length_mean": [10 * (1 + v) for v in RISING]}, "Is the score bought with length?"),
+        ({"response_length_mean": LONGER}, "Is the score bought with length?"),
         ({"stop_fraction": FALLING}, "Do responses still end by themselves?"),
-        ({"kl_per_sequence": RISING, "score_mean": HUMP}, "Does distance from the reference still pay?"),
+        (TOO_FAR, "Does distance from the reference still pay?"),
     ],
-)  # fmt: skip
+)
 def test_length_stops_and_leash(
     tmp_path: Path, steps: dict[str, Sequence[float]], question: str
 ) -> None:

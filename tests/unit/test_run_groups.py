@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.run_folders import write_run
 
-from kleash.evaluate.band_chart import Axis, nice_step, number
+from kleash.evaluate.band_chart import MINUS, Axis, nice_step, number
 from kleash.evaluate.run_data import read_runs
 from kleash.evaluate.run_groups import (
     Point,
@@ -95,8 +95,15 @@ def test_ticks_lie_in_the_range() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(3.0, "3"), (-0.5, "−0.5"), (0.123456, "0.1235"), (-2.98e-8, "−2.98e−8"), (1e6, "1e6"),
-     (math.inf, "inf"), (math.nan, "nan")],
-)  # fmt: skip
+    [
+        (3.0, "3"),
+        (-0.5, f"{MINUS}0.5"),
+        (0.123456, "0.1235"),
+        (-2.98e-8, f"{MINUS}2.98e{MINUS}8"),
+        (1e6, "1e6"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+    ],
+)
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text

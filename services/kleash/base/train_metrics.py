@@ -26,7 +26,7 @@ TRAIN_STATE = TRAINER.gauge(
     "1 for the state that the run is in, 0 for the others.",
     unit="0 or 1",
     labels=(Label("state", ("starting", "running", "paused", "stopping", "completed", "failed")),),
-    formula="The state of GetRun, set whenever it changes.",
+    formula="The state of GetRun, as of the scrape.",
     remedy="`starting` for long: it waits for services or the lease, see the log. `paused`: "
     "somebody did; `kleash run resume` goes on.",
 )
@@ -251,7 +251,7 @@ TRAIN_CHECKPOINT_STEP = CHECKPOINTS.gauge(
     "kleash_train_checkpoint_step",
     "Step of the newest checkpoint.",
     unit="steps",
-    formula="Set at a checkpoint, and when a run goes on from one.",
+    formula="As of the scrape: the last one of this process, or the one that it went on from.",
     remedy="Far behind `kleash_train_step`: so many steps are lost with the process; lower "
     "`checkpoint.every`.",
 )

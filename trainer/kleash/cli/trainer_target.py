@@ -44,7 +44,7 @@ def find_trainer(name: str | None) -> Target:
         return Target(name, "", None)
     raise ConfigError(
         f"'{name}' is neither a folder here nor HOST:PORT; for a run on a cluster forward the "
-        "trainer's port first: kubectl port-forward job/JOB 50051."
+        "trainer's port first: kubectl port-forward service/kleash-trainer 50051."
     )
 
 

@@ -95,14 +95,13 @@ UPDATE = Section(
             "learning_rate",
             unit="1",
             formula="The policy's learning rate in this step; 0 while the value network warms up.",
-            remedy="Not what was set: the schedule, `policy.warmup_steps` or `value.warmup_steps` "
-            "is at work.",
+            remedy="Not what was set: `policy.schedule` or `policy.warmup_fraction` is at work.",
         ),
         Figure(
             "value_learning_rate",
             unit="1",
             formula="The value network's.",
-            remedy="Not what was set: the schedule is at work.",
+            remedy="Not what was set: `value.schedule` or `value.warmup_fraction` is at work.",
         ),
     ),
 )

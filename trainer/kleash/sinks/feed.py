@@ -99,7 +99,7 @@ class _Line:
             try:
                 call(self._sink)
             except Exception as error:  # the border of somebody else's software
-                self._give_up(str(error) or type(error).__name__)
+                self._give_up(str(error).strip().rstrip(".") or type(error).__name__)
 
     def _give_up(self, reason: str) -> None:
         """Once: a sink that has failed is not called again."""

@@ -51,8 +51,13 @@ class WandbSink:
             mode=config.mode,
             resume="allow" if config.mode == "online" else None,
             config={**run.config, "environment": dict(run.environment)},
+            # What W&B would find out about machine and command line is in environment.json.
             settings=wandb.Settings(
-                console="off", silent=True, disable_git=True, disable_code=True, save_code=False
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                x_disable_meta=True,
             ),
         )
 

@@ -1,0 +1,469 @@
+"""A million requests to the HTTP port without a socket: bytes go into its connections, and come out.
+
+python -m tests.fuzz.gateway_wire [--count=1000000] [--seed=1] [--folder=MODEL_FOLDER]
+
+Everything of the port runs but the kernel: aiohttp's parser, the gateway, the checks, the tokenizer
+and the queue; several connections at a time, with one to three requests behind one another, in
+pieces. Requests are those of gateway.py. One connection in three ends with a request whose own
+HTTP is spoiled: lengths, chunks, verbs, headers, single bytes. One in four asks a port that wants
+tokens. One batch in ``REAL`` is computed by the model; the others get scores from a stand-in,
+which may be NaN or infinite.
+
+Besides what gateway.py checks: whatever was sent, nothing is written to the log as an error, and
+at the end no connection and no call is left. A failure prints the connection and ends with status 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import logging
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+from tests.fuzz import gateway, reward
+from tests.fuzz.messages import Source, numbers_of, spoiled
+
+from kleash.reward.classifier import ClassifierModel
+from kleash.reward.config import RewardConfig
+from kleash.reward.model import RawScore, ScoreJob
+from kleash.reward.service import RewardService
+from kleash.rpc.audit import Audits
+from kleash.rpc.auth import AuthConfig, Gate
+from kleash.rpc.gateway import Gateway
+from kleash.rpc.guard import Guards
+from kleash.rpc.http_connection import Connection
+from kleash.rpc.late_handlers import LateHandlers
+from kleash.rpc.quota import Quotas
+from kleash.rpc.server import ServerConfig
+
+NUM_CONNECTIONS = 32
+"""At a time."""
+REAL = 50
+SILENT_S = 0.2
+"""After which a caller whose request may never have been whole leaves."""
+ANSWER_S = 120.0
+TOKEN = "of-the-fuzzer"
+SPOILED_ALLOWED = gateway.ALLOWED | {204, 405}
+"""A changed byte may be that of a verb."""
+VERBS = (
+    b"GET",
+    b"HEAD",
+    b"OPTIONS",
+    b"PUT",
+    b"DELETE",
+    b"CONNECT",
+    b"TRACE",
+    b"post",
+    b"P\xc3",
+    b"",
+)
+LINES = (
+    b"Content-Length: 0",
+    b"Content-Length: +5",
+    b"Content-Length: 99999999999999999999",
+    b"Transfer-Encoding: chunked",
+    b"Transfer-Encoding: gzip, chunked",
+    b"Transfer-Encoding : chunked",
+    b"Transfer-Encoding: identity",
+    b"Connection: upgrade\r\nUpgrade: h2c",
+    b"Connection: upgrade\r\nUpgrade: websocket",
+    b"Connection: close",
+    b"Expect: 100-continue",
+    b"Expect: 200-maybe",
+    b"Host: a\r\nHost: b",
+    b"Origin: \xff\xfe",
+    b"Access-Control-Request-Method: POST",
+    b"User-Agent: \xff/1 \x80",
+    b"Content-Type: \xe2\x80\xa8",
+    b"Content-Encoding: identity\r\nContent-Encoding: gzip",
+    b"X: " + b"y" * 9000,
+    b" folded",
+    b"no colon",
+    b": no name",
+    b"X\0: y",
+    b"Authorization: Bearer \xff",
+    b"Authorization: Basic x\r\nAuthorization: Bearer y",
+    b"Authorization: Bearer " + TOKEN.encode(),
+)
+TARGETS = (
+    b"/v1/%73core",
+    b"/v1/score?\xff",
+    b"/v1/score?model=%ed%a0%80",
+    b"http://[::1/v1/score",
+    b"http://x:99999/v1/model",
+    b"//v1/models",
+    b"*",
+    b"x",
+    b"/docs#\r",
+    b"/" + b"a" * 9000,
+)
+
+
+class Sent(NamedTuple):
+    """What one connection carries."""
+
+    paths: list[str]
+    """Of the requests that are whole."""
+    raw: bytes
+    is_spoiled: bool
+    """Whether another request follows these, which may be none."""
+    knows_callers: bool
+
+
+def one_connection(source: Source, hints: Any) -> Sent:
+    """One to three requests."""
+    knows_callers = source(0, 3) == 0
+    inputs = [gateway.one_input(source, hints) for _ in range(source(1, 3))]
+    is_spoiled = source(0, 2) == 0
+    parts, last = [], len(inputs) - 1
+    for place, its in enumerate(inputs):
+        headers = dict(its.headers)
+        if knows_callers and source(0, 7):
+            headers.setdefault("Authorization", f"Bearer {TOKEN}")
+        if place == last:
+            headers["Connection"] = "close"
+        raw = _request(its.path.partition("#")[0], its.body, headers, chunks=source(0, 3) == 0)
+        parts.append(_with_bad_http(raw, source) if is_spoiled and place == last else raw)
+    paths = [its.path.partition("?")[0] for its in inputs[: last + 1 - is_spoiled]]
+    return Sent(paths, b"".join(parts), is_spoiled, knows_callers)
+
+
+def _request(target: str, body: bytes, headers: Mapping[str, str], *, chunks: bool) -> bytes:
+    lines = [f"POST {target} HTTP/1.1".encode(), b"Host: x"]
+    lines += [f"{name}: {value}".encode("latin-1") for name, value in headers.items()]
+    if chunks:
+        lines.append(b"Transfer-Encoding: chunked")
+        half = len(body) // 2
+        parts = [part for part in (body[:half], body[half:]) if part]
+        body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    else:
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def _with_bad_http(raw: bytes, source: Source) -> bytes:
+    head, _, body = raw.partition(b"\r\n\r\n")
+    match source(0, 6):
+        case 0:
+            verb = VERBS[source(0, len(VERBS) - 1)]
+            return verb + raw[len(b"POST") :]
+        case 1:
+            lines = head.split(b"\r\n")
+            lines.insert(source(1, len(lines)), LINES[source(0, len(LINES) - 1)])
+            return b"\r\n".join(lines) + b"\r\n\r\n" + body
+        case 2:
+            target = TARGETS[source(0, len(TARGETS) - 1)]
+            return b"POST " + target + head[head.index(b" HTTP/") :] + b"\r\n\r\n" + body
+        case 3:
+            return spoiled(head, source) + b"\r\n\r\n" + body
+        case 4:
+            return head + b"\r\n\r\n" + spoiled(body, source)
+        case 5:
+            return raw.replace(
+                b"HTTP/1.1", (b"HTTP/1.0", b"HTTP/2.0", b"HTTP/0.9")[source(0, 2)], 1
+            )
+        case _:
+            return raw[: source(0, len(raw))]
+
+
+class Wire(asyncio.Transport):
+    """The server's end of a connection, with nothing behind it."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1)})
+        self._connection = connection
+        self.received = bytearray()
+        """By the caller."""
+        self.ended = asyncio.Event()
+        """By either side."""
+
+    def write(self, data: Any) -> None:
+        self.received += data
+
+    def is_closing(self) -> bool:
+        return self.ended.is_set()
+
+    def close(self) -> None:
+        if not self.ended.is_set():
+            self.ended.set()
+            asyncio.get_running_loop().call_soon(self._connection.connection_lost, None)
+
+    def abort(self) -> None:
+        self.close()
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+class Target:
+    """Two ports of one service, the second of which wants tokens."""
+
+    def __init__(self, ports: Mapping[bool, Gateway]) -> None:
+        self._ports = ports
+        self.hints: dict[str, list[Any]] = {}
+
+    async def look(self) -> None:
+        """Ask for good values of fields."""
+        raw = b"GET /v1/model HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        sent = Sent([], raw, is_spoiled=False, knows_callers=False)
+        _, body = _read(_Received(await self._received(sent, lambda low, _: low)), "GET")
+        described = json.loads(body)
+        model = described["model"]
+        self.hints = gateway.hints_of(
+            model["name"], model["revision"], described["tokenizer_sha256"]
+        )
+
+    async def feed(self, sent: Sent, source: Source) -> list[str]:
+        """What came of each request. Raises AssertionError for a fault."""
+        return list(_outcomes(sent, await self._received(sent, source)))
+
+    async def _received(self, sent: Sent, source: Source) -> bytes:
+        connection = self._ports[sent.knows_callers]._server()
+        assert isinstance(connection, Connection)
+        wire = Wire(connection)
+        connection.connection_made(wire)
+        await self._send(connection, wire, sent.raw, source)
+        try:
+            async with asyncio.timeout(SILENT_S if sent.is_spoiled else ANSWER_S):
+                await wire.ended.wait()
+        except TimeoutError:
+            assert sent.is_spoiled, f"no answer within {ANSWER_S:g} s"
+            wire.close()
+        return bytes(wire.received)
+
+    async def _send(self, connection: Connection, wire: Wire, raw: bytes, source: Source) -> None:
+        cuts = sorted(source(0, len(raw)) for _ in range(source(0, 3)))
+        for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True):
+            if wire.ended.is_set():
+                return
+            connection.data_received(raw[start:end])
+            await asyncio.sleep(0)
+
+    async def settle(self) -> None:
+        """Raise AssertionError unless every connection and call has ended."""
+        for _ in range(200):
+            left = [
+                len(port._server.connections) + len(port._running) for port in self._ports.values()
+            ]
+            if not any(left):
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{sum(left)} connections and calls are left")
+
+
+def _outcomes(sent: Sent, received: bytes) -> Iterator[str]:
+    """Of the requests that are whole, and of what follows them."""
+    stream = _Received(received)
+    for path in sent.paths:
+        status, body = _read(stream, "POST")
+        _check(path, status, body, gateway.ALLOWED | {401})
+        yield f"{path} {status}"
+    if not sent.is_spoiled:
+        assert not stream.read(), "more answers than requests"
+        return
+    status = 0
+    while stream.has_more:
+        # An answer to HEAD or CONNECT may have no body: the reader must not wait for one.
+        verb = "HEAD" if b"HEAD " in sent.raw else "POST"
+        status, body = _read(stream, verb)
+        if status != 200 and body:
+            _check("", status, body, SPOILED_ALLOWED | {401})
+        assert status in SPOILED_ALLOWED | {401}, status
+    yield f"spoiled {status or 'no answer'}"
+
+
+def _check(path: str, status: int, body: bytes, allowed: frozenset[int]) -> None:
+    assert status in allowed, f"{status} {body!r}"
+    if status == 200:
+        gateway.check_answer(path, body)
+    else:
+        gateway.check_failure(json.loads(body, parse_constant=gateway.refuse))
+
+
+class _Received(io.BytesIO):
+    """Bytes as http.client reads them from a socket; stays open between responses."""
+
+    def makefile(self, _mode: str) -> _Received:
+        return self
+
+    def close(self) -> None: ...
+
+    @property
+    def has_more(self) -> bool:
+        return self.tell() < len(self.getbuffer())
+
+
+def _read(stream: Any, verb: str) -> tuple[int, bytes]:
+    response = http.client.HTTPResponse(stream, method=verb)
+    response.begin()
+    return response.status, response.read()
+
+
+class _NoErrors(logging.Handler):
+    """Remembers what should not have happened."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(logging.Formatter().format(record))
+
+    def check(self) -> None:
+        assert not self.records, "\n".join(self.records)
+
+
+@contextlib.asynccontextmanager
+async def target_of(folder: Path, scratch: Path) -> AsyncIterator[Target]:
+    """The reward service of a model in a folder."""
+    service = RewardService(RewardConfig(model=folder, limits=reward.LIMITS))
+    service.load()
+    handlers = LateHandlers()
+    service.register(handlers.as_server())
+    keys = scratch / "keys"
+    keys.write_text(f"fuzzer sha256:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
+    modes = {False: AuthConfig(), True: AuthConfig(mode="token", tokens_file=keys)}
+    with mock.patch.object(ClassifierModel, "compute", _stand_in(ClassifierModel.compute)):
+        await service.start()
+        ports = {}
+        for knows_callers, auth in modes.items():
+            ports[knows_callers] = _port(service, handlers, auth)
+            await ports[knows_callers].start()
+        target = Target(ports)
+        await target.look()
+        yield target
+        for port in ports.values():
+            await port.stop(1.0)
+        await service.stop()
+
+
+def _port(service: RewardService, handlers: LateHandlers, auth: AuthConfig) -> Gateway:
+    config = ServerConfig(auth=auth, http_port=1, http_allowed_origins=("*",))
+    gate = Gate(auth)
+    guards = Guards(
+        service.full_names,
+        gate,
+        quotas=Quotas(config.quotas, trusts_claims=not gate.is_on),
+        audits=Audits.of("text", knows_callers=gate.is_on),
+        max_request_s=config.max_request_s,
+    )
+    guards.mark_loaded(service.full_names)
+    return Gateway(
+        [service.http_api],
+        config,
+        guards,
+        handlers,
+        is_serving=lambda name: True,  # noqa: ARG005
+        sockets=(),
+        tls=None,
+    )
+
+
+def _stand_in(compute: Any) -> Any:
+    count = 0
+
+    def stand_in(self: ClassifierModel, jobs: list[ScoreJob]) -> list[RawScore]:
+        nonlocal count
+        count += 1
+        if count % REAL == 0:
+            return compute(self, jobs)
+        return [_score(job) for job in jobs]
+
+    return stand_in
+
+
+def _score(job: ScoreJob) -> RawScore:
+    """Of the tokens alone, so that a job has one score in whatever batch."""
+    source = numbers_of(random.Random(job.content.tobytes()))
+    values = None
+    if job.wants_token_scores:
+        values = np.zeros(job.num_tokens, dtype=np.float32)
+        values[source(0, job.num_tokens - 1)] = reward.odd_score(source)
+    return RawScore(reward.odd_score(source), values)
+
+
+async def run(target: Target, count: int, seed: int) -> Counter[str]:
+    """Send ``count`` requests or a few more; each connection is a function of ``seed`` and its
+    number, and what is beside it on its way is not."""
+    outcomes: Counter[str] = Counter()
+    errors = _NoErrors()
+    root = logging.getLogger()
+    root.addHandler(errors)
+    began, numbers, told = time.monotonic(), iter(range(1 << 40)), 0
+
+    async def feed_on() -> None:
+        nonlocal told
+        while outcomes.total() < count:
+            number = next(numbers)
+            source = numbers_of(random.Random((seed << 40) + number))
+            sent = one_connection(source, target.hints)
+            try:
+                outcomes.update(await target.feed(sent, source))
+                errors.check()
+            except BaseException:
+                print(f"connection {number} of seed {seed}: {sent}", file=sys.stderr)
+                raise
+            if outcomes.total() // 50_000 > told:
+                told = outcomes.total() // 50_000
+                rate = outcomes.total() / (time.monotonic() - began)
+                print(f"{outcomes.total()} requests, {rate:.0f}/s", file=sys.stderr, flush=True)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(NUM_CONNECTIONS):
+                group.create_task(feed_on())
+        await target.settle()
+        errors.check()
+    finally:
+        root.removeHandler(errors)
+    return outcomes
+
+
+async def fuzz(folder: Path, count: int, seed: int, scratch: Path) -> Counter[str]:
+    """Load, and run."""
+    logging.getLogger("kleash.audit").setLevel(logging.INFO)
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _loop, context: logging.getLogger("asyncio").error("%s", context)
+    )
+    async with target_of(folder, scratch) as target:
+        return await run(target, count, seed)
+
+
+def main(arguments: list[str]) -> None:
+    """See the module's text."""
+    options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+    count, seed = int(options.pop("count", 1_000_000)), int(options.pop("seed", 1))
+    folder = options.pop("folder", "")
+    assert not options, f"no option {', '.join(options)}"
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        if not folder:
+            reward.tiny_target(scratch)
+            folder = f"{scratch}/reward"
+        outcomes = asyncio.run(fuzz(Path(folder), count, seed, scratch))
+    for outcome, times in sorted(outcomes.items()):
+        print(f"{times:9d}  {outcome}")
+    print(f"{outcomes.total():9d}  requests, no fault")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""What is done with recorded spans: reading, sums, a timeline for Perfetto, a picture."""
