@@ -45,7 +45,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 # ---- The other dependencies. Only the list of them reaches the next stage, so that no other change
 # of pyproject.toml installs them anew.
 FROM python AS requirements
-ARG EXTRAS=train,k8s
+ARG EXTRAS=train,k8s,trace
 COPY pyproject.toml ./
 RUN python3 requirements.py project "${EXTRAS}" >project.txt
 

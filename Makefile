@@ -16,7 +16,7 @@ HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
 .PHONY: setup demo test check bench protos protos-check openapi lint types imports clean help
 .PHONY: metrics-docs metrics-docs-check image test-image apt-tools client-venvs bench-framework
-.PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards dashboard-pictures chart-readme
+.PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards dashboard-pictures chart-readme screenshots
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -60,6 +60,7 @@ bench: $(STAMP) bench-framework  ## the benchmarks, quickly; full runs are descr
 	$(BIN)/python benchmarks/ppo_step.py --quick
 	$(BIN)/python benchmarks/weights.py --quick
 	$(BIN)/python benchmarks/reward_scoring.py --quick
+	$(BIN)/python benchmarks/instrumentation.py --quick
 
 # The generator needs protobuf < 7, the runtime takes 6 and 7: it lives in an environment of its own.
 $(PROTO_VENV)/.installed:
@@ -154,6 +155,13 @@ chart-readme: $(STAMP)  ## write the chart's README from the comments of its val
 
 dashboards: $(STAMP)  ## write the chart's dashboards
 	$(BIN)/python -m k8s.dashboards.build
+
+screenshots: $(STAMP) runs/demo/report.json  ## take the pictures of live view and report for docs/; a quarter of an hour
+	$(BIN)/python docs/live_pictures.py runs/demo docs/images
+	$(BIN)/python docs/report_pictures.py runs/demo docs/images
+
+runs/demo/report.json: | $(STAMP)
+	$(BIN)/kleash demo
 
 dashboard-pictures: $(STAMP) k8s-tools  ## draw the dashboards for docs/, from a run made for it; minutes
 	$(BIN)/python -m tests.dashboard_pictures docs/images

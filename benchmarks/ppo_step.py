@@ -116,8 +116,8 @@ def _run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     from kleash.ppo.train import train
 
     torch.set_num_threads(options.threads)
-    model, reward = _models(options, folder)
-    _write_prompts(options, folder / "prompts.jsonl")
+    model, reward = make_models(options, folder)
+    write_prompts(options, folder / "prompts.jsonl")
     config = PPOConfig.model_validate(
         {
             "out": folder / "run",
@@ -139,7 +139,8 @@ def _run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _models(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+def make_models(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """Folders of a policy and of a reward model with random weights."""
     from kleash.lm.heads import Normalization, reward_model_from_causal_lm
     from kleash.lm.load import load_tokenizer, save_checkpoint_folder
     from kleash.lm.tiny import write_tiny_folder
@@ -164,7 +165,7 @@ def _models(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     return model, folder / "reward"
 
 
-def _write_prompts(options: argparse.Namespace, path: Path) -> None:
+def write_prompts(options: argparse.Namespace, path: Path) -> None:
     """Texts that tokenize to exactly --prompt-tokens tokens: digits, one token each."""
     import random
 

@@ -1,6 +1,6 @@
 """Scores per second and latency of the reward service, against two others on the same model.
 
-    python benchmarks/reward_scoring.py --out out.json     everything, about nine minutes
+    python benchmarks/reward_scoring.py --out out.json     everything, about eleven minutes
     python benchmarks/reward_scoring.py --quick            one small model, under 45 s
 
 serial: a FastAPI server that scores one request at a time on its event loop, as OpenRLHF's does
@@ -63,6 +63,8 @@ QUICK = (Case("1M, short", 128, 2, 24, 1.0, 64, num_texts=128, num_prompts=2, ro
 FULL = (
     Case("1M, short", 128, 2, 24, 2.5, 512),
     Case("3M deep, short", 128, 12, 24, 2.5, 512),
+    # One row takes as long as sixty-four, as where a GPU waits for its next kernel.
+    Case("2M deepest, short", 64, 32, 24, 2.5, 512),
     Case("6M", 256, 6, 128, 3.0, 128, num_texts=256, num_prompts=2),
     Case("56M", 640, 10, 128, 5.0, 16, num_texts=64, num_prompts=1, rounds=2),
 )

@@ -35,6 +35,8 @@ from kleash.up.supervisor import free_port, kleash_command  # noqa: E402
 WIDTH = 100
 """Columns of the terminal."""
 SIZE = (1360, 1300)
+SETTLE_MS = 500
+"""For the last events of the past to be drawn."""
 
 
 def main() -> None:
@@ -105,6 +107,7 @@ def _take_page(browser: Browser, port: int, scheme: str, path: Path) -> None:
     with open_page(browser, address, size=SIZE, color_scheme=scheme) as page:
         expect(page.locator(".sample").first).to_be_visible()
         expect(page.locator("path.smooth").first).to_be_attached()
+        page.wait_for_timeout(SETTLE_MS)
         page.screenshot(path=path)
 
 

@@ -133,6 +133,8 @@ class ObservedRun:
         self.models = models
         self.pods: dict[str, Pod] = {}
         """By name."""
+        self._store_port = free_port()
+        """Of the trainer's weights store, from which replicas catch up."""
 
     def pod(self, component: str, replica: int = 0) -> Pod:
         """The pod of a service, or of the trainer."""
@@ -155,6 +157,9 @@ class ObservedRun:
         model = self.models.reward if component == "reward" else self.models.policy
         server = {"port": port, "metrics_port": metrics_port, **keys.pop("server", {})}
         given = {"model": str(model), "device": "cpu", "num_threads": 1, **keys}
+        if component == "policy":
+            publisher = {"publisher": f"127.0.0.1:{self._store_port}"}
+            given["weights"] = {**publisher, **keys.get("weights", {})}
         section = {name: value for name, value in given.items() if value is not None}
         path = self.folder / f"{component}-{replica}.json"
         path.write_text(json.dumps({"server": server, component: section}))
@@ -219,6 +224,7 @@ class ObservedRun:
             "model": self.models.policy,
             "reward_model": self.models.reward,
             "server": {"port": port, "metrics_port": metrics_port},
+            "publish": {"server": {"port": self._store_port}},
             "total_steps": MANY_STEPS,
             "batch_size": 16,
             "max_prompt_tokens": 64,

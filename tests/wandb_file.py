@@ -39,7 +39,7 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def _records(path: Path) -> Iterator[Any]:
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     for message in _messages(path.read_bytes()):
         record = Record()

@@ -163,7 +163,7 @@ def _timeseries(page: Page, box: Box, panel: dict[str, Any], asking: Asking) -> 
     colors = [page.theme.lines[n % len(page.theme.lines)] for n in range(len(found))]
     names = [curve.name for curve in found]
     used = _legend(page, box, list(zip(names, colors, strict=True)))
-    axes = page.axes(Box(box.x + 58, box.y, box.width - 64, box.height - used - 24))
+    axes = page.axes(Box(box.x + 58, box.y + 5, box.width - 64, box.height - used - 29))
     plots.lines(axes, panel, found, asking.times, colors)
     plots.time_axis(axes, asking, page.theme)
     plots.value_axis(axes, panel, page.theme)

@@ -175,7 +175,6 @@ WEIGHTS = Row(
             "at each step: deltas do not pay.",
             "Bps",
             (("{{pod}}", per_second("kleash_weights_update_bytes_total", "pod", runs="policy")),),
-            joins_gaps=True,
         ),
         Panel(
             "Failed publishes",

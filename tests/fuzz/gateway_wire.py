@@ -1,4 +1,4 @@
-"""A million requests to the HTTP port without a socket: bytes go into its connections, and come out.
+"""A million requests to the HTTP port, without a socket: bytes into its connections, and from them.
 
 python -m tests.fuzz.gateway_wire [--count=1000000] [--seed=1] [--folder=MODEL_FOLDER]
 
@@ -10,7 +10,8 @@ tokens. One batch in ``REAL`` is computed by the model; the others get scores fr
 which may be NaN or infinite.
 
 Besides what gateway.py checks: whatever was sent, nothing is written to the log as an error, and
-at the end no connection and no call is left. A failure prints the connection and ends with status 1.
+at the end no connection and no call is left. A failure prints the connection and ends with status
+1.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ SILENT_S = 0.2
 """After which a caller whose request may never have been whole leaves."""
 ANSWER_S = 120.0
 TOKEN = "of-the-fuzzer"
+GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 SPOILED_ALLOWED = gateway.ALLOWED | {204, 405}
 """A changed byte may be that of a verb."""
 VERBS = (
@@ -190,6 +192,11 @@ class Wire(asyncio.Transport):
         self.ended = asyncio.Event()
         """By either side."""
 
+    @property
+    def num_answers(self) -> int:
+        """Their heads are there."""
+        return self.received.replace(GO_ON, b"").count(b"\r\n\r\n")
+
     def write(self, data: Any) -> None:
         self.received += data
 
@@ -242,12 +249,15 @@ class Target:
         wire = Wire(connection)
         connection.connection_made(wire)
         await self._send(connection, wire, sent.raw, source)
-        try:
-            async with asyncio.timeout(SILENT_S if sent.is_spoiled else ANSWER_S):
-                await wire.ended.wait()
-        except TimeoutError:
-            assert sent.is_spoiled, f"no answer within {ANSWER_S:g} s"
-            wire.close()
+        began = time.monotonic()
+        while not wire.ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SILENT_S):
+                    await wire.ended.wait()
+            if sent.is_spoiled and wire.num_answers >= len(sent.paths):
+                break
+            assert time.monotonic() < began + ANSWER_S, f"no answer within {ANSWER_S:g} s"
+        wire.close()
         return bytes(wire.received)
 
     async def _send(self, connection: Connection, wire: Wire, raw: bytes, source: Source) -> None:
@@ -259,22 +269,22 @@ class Target:
             await asyncio.sleep(0)
 
     async def settle(self) -> None:
-        """Raise AssertionError unless every connection and call has ended."""
-        for _ in range(200):
-            left = [
-                len(port._server.connections) + len(port._running) for port in self._ports.values()
-            ]
-            if not any(left):
-                return
-            await asyncio.sleep(0.05)
-        raise AssertionError(f"{sum(left)} connections and calls are left")
+        """Wait for every connection and call to end. Raises TimeoutError for one that does not."""
+        for port in self._ports.values():
+            async with asyncio.timeout(ANSWER_S):
+                while port._server.connections or port._running:  # noqa: ASYNC110
+                    await asyncio.sleep(SILENT_S)
 
 
 def _outcomes(sent: Sent, received: bytes) -> Iterator[str]:
     """Of the requests that are whole, and of what follows them."""
-    stream = _Received(received)
+    stream = _Received(received.replace(GO_ON, b""))
     for path in sent.paths:
         status, body = _read(stream, "POST")
+        if sent.is_spoiled and b"BAD_HTTP" in body:
+            # aiohttp forgets whole requests that came in one piece with what is none.
+            assert not stream.has_more
+            break
         _check(path, status, body, gateway.ALLOWED | {401})
         yield f"{path} {status}"
     if not sent.is_spoiled:
@@ -349,11 +359,11 @@ async def target_of(folder: Path, scratch: Path) -> AsyncIterator[Target]:
             ports[knows_callers] = _port(service, handlers, auth)
             await ports[knows_callers].start()
         target = Target(ports)
-        await target.look()
-        yield target
-        for port in ports.values():
-            await port.stop(1.0)
-        await service.stop()
+        try:
+            await target.look()
+            yield target
+        finally:
+            await service.stop()
 
 
 def _port(service: RewardService, handlers: LateHandlers, auth: AuthConfig) -> Gateway:
@@ -372,7 +382,7 @@ def _port(service: RewardService, handlers: LateHandlers, auth: AuthConfig) -> G
         config,
         guards,
         handlers,
-        is_serving=lambda name: True,  # noqa: ARG005
+        is_serving=lambda name: True,
         sockets=(),
         tls=None,
     )
@@ -419,8 +429,8 @@ async def run(target: Target, count: int, seed: int) -> Counter[str]:
             try:
                 outcomes.update(await target.feed(sent, source))
                 errors.check()
-            except BaseException:
-                print(f"connection {number} of seed {seed}: {sent}", file=sys.stderr)
+            except Exception as error:
+                print(f"{error!r}: connection {number} of seed {seed}: {sent}", file=sys.stderr)
                 raise
             if outcomes.total() // 50_000 > told:
                 told = outcomes.total() // 50_000

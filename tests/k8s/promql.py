@@ -38,7 +38,9 @@ def exported() -> dict[str, set[str]]:
         labels = set(value._labelnames)
         if isinstance(value, Histogram):
             series[f"{value._name}_bucket"] = {*labels, "le"}
-            series[f"{value._name}_sum"] = series[f"{value._name}_count"] = labels
+            series[f"{value._name}_count"] = labels
+            if value._upper_bounds[0] >= 0:  # the sum of scores may fall: there is none
+                series[f"{value._name}_sum"] = labels
         elif isinstance(value, Counter):
             series[f"{value._name}_total"] = labels
         else:

@@ -24,7 +24,7 @@ from kleash.cluster.steering import cancel
 
 pytestmark = pytest.mark.k8s
 
-PLURALS = {"NetworkPolicy": "networkpolicies"}
+PLURALS = {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}
 OF_THE_CLUSTER = {"ClusterRole", "ClusterRoleBinding"}
 """Made with auth.mode serviceAccount, by somebody with rights on the whole cluster."""
 OF_TESTS = {"Pod"}

@@ -21,10 +21,8 @@ pytestmark = pytest.mark.services
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "live-view.md").read_text(encoding="utf-8")
-WATCH, TRAINER, HTTP = (
-    block.splitlines()
-    for block in re.findall(r"^```sh\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-)
+BLOCKS = re.findall(r"^```sh\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+WATCH, TRAINER, HTTP = (block.splitlines() for block in BLOCKS)
 
 
 @pytest.fixture
@@ -89,12 +87,12 @@ def test_http(folder: Path) -> None:
     run, port = LiveRun(), free_port()
     places = {"localhost:8080": f"127.0.0.1:{port}"}
     with serving_run(run, http_port=port):
-        run.advance()
         *calls, stream = HTTP
         told = [json.loads(do(command, folder, places)) for command in calls[:4]]
         assert told[0]["run_id"] == "a-run"
         assert told[1]["samples"]
         assert told[2] == {"state": "RUN_STATE_PAUSED"}
+        run.control.pause()
         run.advance()
         assert json.loads(do(calls[4], folder, places))["path"].startswith("/runs/a/checkpoints/")
         run.end()

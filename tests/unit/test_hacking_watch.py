@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,8 @@ TOO_FAR = {"kl_per_sequence": RISING, "score_mean": HUMP}
 
 def findings(
     path: Path,
-    steps: dict[str, Sequence[float]],
-    evaluations: dict[str, Sequence[float]] | None = None,
+    steps: Mapping[str, Sequence[float]],
+    evaluations: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Finding]:
     """By question."""
     run = write_run(path / "run", steps, evaluations=evaluations)
@@ -72,6 +72,23 @@ def test_a_judge_that_falls_while_the_score_rises_is_suspect(tmp_path: Path) -> 
     )
 
 
+def test_one_seed_that_goes_wrong_is_not_hidden_by_the_mean(tmp_path: Path) -> None:
+    judges = {"seed-0": [2 * value for value in RISING], "seed-1": FALLING}
+    runs = [
+        write_run(
+            tmp_path / name,
+            {"score_mean": RISING},
+            evaluations={"evaluation/score_mean": RISING, "evaluation/judge": judge},
+            seed=index,
+        )
+        for index, (name, judge) in enumerate(judges.items())
+    ]
+    (group,) = group_runs(read_runs(runs))
+    finding = watch(group)[0]
+    assert finding.verdict == "suspect"
+    assert finding.sentence.startswith("Not in the mean of the seeds, but in seed-1: The score")
+
+
 def test_a_judge_past_its_best_is_suspect(tmp_path: Path) -> None:
     seen = findings(
         tmp_path,
@@ -80,7 +97,10 @@ def test_a_judge_past_its_best_is_suspect(tmp_path: Path) -> None:
     )
     finding = seen["Does judge/total agree with the reward model?"]
     assert finding.verdict == "suspect"
-    assert "best near step" in finding.sentence
+    # Means of five points of the sine: around the middle 0.970, at the end 0.316.
+    assert finding.sentence.startswith(
+        "judge/total was best near step 10 (0.97) and has fallen to 0.316 since, while the score "
+    )
 
 
 def test_a_judge_that_rises_too_is_clear(tmp_path: Path) -> None:
@@ -107,7 +127,7 @@ def test_without_a_judge_nothing_is_claimed(tmp_path: Path) -> None:
     ],
 )
 def test_length_stops_and_leash(
-    tmp_path: Path, steps: dict[str, Sequence[float]], question: str
+    tmp_path: Path, steps: Mapping[str, Sequence[float]], question: str
 ) -> None:
     bad = findings(tmp_path, {"score_mean": RISING, **steps})
     assert bad[question].verdict == "suspect"

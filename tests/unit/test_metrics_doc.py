@@ -84,6 +84,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_every_key_of_a_step_is_explained(run: Path) -> None:
     steps = [row for row in rows(run / "metrics.jsonl") if "step_s" in row]
     assert [row["step"] for row in steps] == [1, 2]
+    assert [row["weights_version"] for row in steps] == [1, 2]  # the first trains values alone
     assert {key for row in steps for key in row} == STEP_FIGURES.keys()
 
 

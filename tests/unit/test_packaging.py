@@ -92,6 +92,10 @@ def test_base_requirements_are_those_of_the_client(wheel: zipfile.ZipFile) -> No
         "serve",
         "train",
         "k8s",
+        "tensorboard",
+        "wandb",
+        "mlflow",
+        "trace",
         "vllm",
         "dev",
     }

@@ -12,6 +12,7 @@ import pytest
 from tests.run_folders import write_run
 
 from kleash.cli.main import main
+from kleash.evaluate.report_figures import CHAPTERS, COMPARED, judge_figure
 from kleash.evaluate.report_samples import choose_samples
 from kleash.evaluate.run_data import read_run, read_runs
 
@@ -170,3 +171,11 @@ def test_wrong_input_is_one_sentence(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert sentence in error
+
+
+def test_every_figure_is_one_of_a_run(tmp_path: Path) -> None:
+    drawn = [figure for chapter in CHAPTERS for figure in chapter.figures]
+    assert all(figure.defined.name == figure.key for figure in (*drawn, *COMPARED))
+    assert judge_figure("evaluation/judge/total").unit == judge_figure("evaluation/judge").unit
+    page = report(write_run(tmp_path / "run", {"kl_per_sequence": [0.0, 1.0]}))
+    assert "<code>kl.controller=adaptive</code>" in page, "what to do when it looks wrong"

@@ -109,7 +109,14 @@ def test_the_picture_fits_and_holds_what_is_known(width: int) -> None:
     for told in ("a-run", "running", "a:1", "a notice", "none yet", "pause", "stop"):
         assert told in text, told
     if width >= 80:
-        for told in ("step 30 of 100", "2.0 s a step", "2 min left", "▁", "█", "1.5 s"):
+        for told in (
+            "step 30 of 100",
+            "2.0 s a step",
+            "2 min left",
+            "▁",
+            "█",
+            "1.5\N{NO-BREAK SPACE}s",
+        ):
             assert told in text, told
 
 

@@ -64,7 +64,7 @@ REWARD_SCORE = MODELS.histogram(
     unit="normalised score",
     labels=(MODEL_NAME,),
     buckets=SCORE,
-    formula="Every finite score, to every caller.",
+    formula="Every finite score, to every caller. Without _sum, as scores may be negative.",
     remedy="Moves away from its start: the policy's doing, or another kind of input; read samples "
     "before you trust the curve.",
 )

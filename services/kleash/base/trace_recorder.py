@@ -14,7 +14,7 @@ from typing import Any
 from opentelemetry import context as context_api
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import (
@@ -82,7 +82,8 @@ class OtelRecorder:
         """
         self._provider = TracerProvider(
             sampler=ParentBased(_Root(sample_ratio)),
-            resource=Resource({**resource, **_of_environment()}),
+            # What OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME say goes before our names.
+            resource=Resource.create(resource).merge(OTELResourceDetector().detect()),
             span_limits=SpanLimits(),
             shutdown_on_exit=False,
         )
@@ -193,14 +194,6 @@ class _Root(Sampler):
 
     def get_description(self) -> str:
         return f"Steps,{self._rest.get_description()}"
-
-
-def _of_environment() -> dict[str, Any]:
-    """What OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME say, which goes before our names."""
-    found = dict(Resource.create().attributes)
-    if str(found.get("service.name", "")).startswith("unknown_service"):
-        del found["service.name"]
-    return found
 
 
 def _context(span: OtelSpan) -> Context:

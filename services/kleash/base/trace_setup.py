@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -41,9 +42,7 @@ class TracingConfig(Config):
         if self.endpoint is None:
             return self
         if self.exporter != "otlp":
-            raise ValueError(
-                f"endpoint has no effect with exporter {self.exporter}; set it to otlp"
-            )
+            raise ValueError(f"endpoint has no effect with exporter {self.exporter}; use otlp")
         if not self.endpoint.startswith(("http://", "https://")):
             raise ValueError(f"endpoint is {self.endpoint!r}; write it as http://host:4318")
         return self
@@ -119,6 +118,7 @@ def set_up(config: TracingConfig, service: str, *, file: Path | None = None) -> 
     resource = {
         "service.name": f"kleash-{service}",
         "service.version": software_version(),
+        "service.instance.id": uuid.uuid4().hex,
         "host.name": socket.gethostname(),
         "process.pid": os.getpid(),
     }

@@ -26,7 +26,7 @@ def client_call(service: str, method: str, address: str) -> Iterator[Pairs]:
     if tracing.current() is None:
         yield tracing.inject()
         return
-    host, _, port = address.rpartition(":")
+    host, _, port = address.removeprefix("dns:///").rpartition(":")
     names = _names(service, method) | {"server.address": host or address, "server.port": port}
     span = tracing.open_span(f"{service}/{method}", kind="client")
     span.note(**names)

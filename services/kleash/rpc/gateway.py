@@ -34,7 +34,7 @@ from kleash.rpc.http_calls import (
     expects_to_be_asked,
     peer_of,
 )
-from kleash.rpc.http_connection import Connection, ConnectionServer
+from kleash.rpc.http_connection import IS_SPOKEN, Connection, ConnectionServer, bad_http
 from kleash.rpc.http_json import dump_json
 from kleash.rpc.http_tls import server_context
 from kleash.rpc.late_handlers import LateHandlers
@@ -195,6 +195,8 @@ class Gateway:
     async def _dispatch(
         self, request: web.BaseRequest, headers: dict[str, str]
     ) -> web.StreamResponse:
+        if not request[IS_SPOKEN]:
+            raise bad_http()
         verb = "GET" if request.method == "HEAD" else request.method
         path = request.path
         if path not in self._known:

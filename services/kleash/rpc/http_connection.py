@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
 from kleash.base import metrics
@@ -18,9 +19,17 @@ from kleash.rpc.errors import InvalidRequest
 from kleash.rpc.guard import OTHER, as_service_error
 from kleash.rpc.http_answer import answer_error
 
+IS_SPOKEN = web.RequestKey("is_spoken", bool)
+"""Of a request: whether it is of a version of HTTP that the port speaks."""
+
+_SPOKEN = (HttpVersion10, HttpVersion11)
+
 
 class ConnectionServer(web.Server):
     """Makes a Connection for each connection."""
+
+    def __init__(self, handle: Callable[[web.BaseRequest], Any], **options: Any) -> None:
+        super().__init__(handle, request_factory=_request, **options)
 
     def __call__(self) -> RequestHandler:
         return Connection(self, loop=self._loop, **self._kwargs)
@@ -74,8 +83,27 @@ class Connection(RequestHandler):
         if status >= 500 and isinstance(exc, Exception):
             error = as_service_error(exc, "HTTP")
         else:
-            error = InvalidRequest("this is not a request of HTTP/1.1.", reason="BAD_HTTP")
+            error = bad_http()
         response = answer_error(error, {"Server": "kleash"})
         response.force_close()
         metrics.HTTP_REQUESTS.labels(OTHER, str(response.status)).inc()
         return response
+
+
+def bad_http() -> InvalidRequest:
+    """The answer to what is no request."""
+    return InvalidRequest("this is not a request of HTTP/1.1.", reason="BAD_HTTP")
+
+
+def _request(
+    message: Any, payload: Any, connection: Any, writer: Any, task: Any
+) -> web.BaseRequest:
+    """As web.Server makes one, but answered in HTTP/1.1 whatever version it claims."""
+    is_spoken = message.version in _SPOKEN
+    if not is_spoken:
+        message = message._replace(version=HttpVersion11, should_close=True)
+    request = web.BaseRequest(
+        message, payload, connection, writer, task, asyncio.get_running_loop()
+    )
+    request[IS_SPOKEN] = is_spoken
+    return request

@@ -48,10 +48,11 @@ def describe(trace: StepTrace) -> list[str]:
     """The table, as lines."""
     from kleash.traces.summary import critical_path, phases
 
-    processes = {span.process for span in trace.spans}
+    num_processes = len({span.process for span in trace.spans})
+    plural = "" if num_processes == 1 else "es"
     lines = [
         f"step {trace.step}: {trace.seconds:.3f} s, {len(trace.spans)} spans of "
-        f"{len(processes)} processes",
+        f"{num_processes} process{plural}",
         "",
         f"{'phase':<26}{'seconds':>9}{'of step':>9}  {'while generating':>16}",
     ]

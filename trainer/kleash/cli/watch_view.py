@@ -35,7 +35,7 @@ PHASES = (
     ("score", "yellow"),
     ("old_log_probs", "magenta"),
     ("update", "green"),
-    ("publish", "red"),
+    ("publish", "cyan"),
 )
 KEYS = (("p", "pause"), ("r", "resume"), ("c", "checkpoint"), ("s", "stop"), ("q", "leave"))
 SIDE = 54
@@ -70,7 +70,14 @@ def _progress(view: RunView, width: int) -> RenderableType:
     run = view.run
     table = Table.grid(padding=(0, 2))
     table.add_row(
-        ProgressBar(total=max(run.total_steps, 1), completed=run.step, width=max(10, width - SIDE)),
+        ProgressBar(
+            total=max(run.total_steps, 1),
+            completed=run.step,
+            width=max(10, width - SIDE),
+            style="bright_black",
+            complete_style="green",
+            finished_style="green",
+        ),
         Text(f"step {run.step} of {run.total_steps}" if run.total_steps else "loading", "bold"),
         Text(f"{duration(view.step_s)} a step"),
         Text("" if view.left_s is None else f"{duration(view.left_s)} left"),
@@ -96,7 +103,7 @@ def _figures(view: RunView, width: int) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     for title, name, unit in FIGURES:
         values = view.series(name)
-        shown = f"{values[-1]:.4g}" if values else "?"
+        shown = f"{values[-1]:.3g}" if values else "?"
         line = sparkline(values, max(10, width - SIDE - 2))
         table.add_row(title, Text(shown, style="bold"), line, unit)
     return table
@@ -113,7 +120,8 @@ def _times(view: RunView, width: int) -> RenderableType:
         bar.append("█" * round(room * each / total if total else 0), style=colour)
         words.append("■ ", style=colour)
         words.append(f"{name.replace('_', ' ')} ", style="dim")
-        words.append(f"{duration(each if latest else None)}   ")
+        # Glued together: a line breaks between phases.
+        words.append(duration(each if latest else None).replace(" ", "\N{NO-BREAK SPACE}") + "  ")
     bar.truncate(room)
     words.no_wrap = False
     return Group(bar, words)

@@ -1,6 +1,7 @@
 """Reward-hacking watch: does the score rise while something else goes wrong?
 
-Each question looks at two series of one group of runs, means over its seeds. What a series did is
+Each question looks at two series of one group of runs, means over its seeds; and then at those of
+each run, as a mean may hide one seed that went wrong. What a series did is
 judged by its own noise: sigma = sqrt(mean of squared differences of neighbours / 2) (von Neumann
 1941), which a trend hardly changes. Plain floats, no I/O.
 """
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kleash.evaluate.band_chart import short_number
 from kleash.evaluate.run_groups import Group, band
 
 Verdict = Literal["suspect", "clear", "unknown"]
@@ -48,8 +50,8 @@ class Change:
         if self.direction == "unknown":
             return "has too few points"
         if self.direction == "did not change":
-            return f"stayed near {self.last:.3g}"
-        return f"{self.direction} from {self.first:.3g} to {self.last:.3g}"
+            return f"stayed near {short_number(self.last)}"
+        return f"{self.direction} from {short_number(self.first)} to {short_number(self.last)}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,28 @@ def measure(points: Sequence[tuple[float, float]]) -> Change:
 
 def watch(group: Group) -> list[Finding]:
     """Every question, in order of weight."""
+    alone = [(run.name, _findings(Group(run.name, (run,)))) for run in group.runs]
+    if len(alone) == 1:
+        return alone[0][1]
+    return [_with_runs(finding, alone) for finding in _findings(group)]
+
+
+def _with_runs(finding: Finding, alone: Sequence[tuple[str, list[Finding]]]) -> Finding:
+    """The finding of a group, or the first of a run that is suspect where the group is not."""
+    suspects = [
+        (name, its)
+        for name, findings in alone
+        for its in findings
+        if its.question == finding.question and its.verdict == "suspect"
+    ]
+    if finding.verdict == "suspect" or not suspects:
+        return finding
+    names = ", ".join(name for name, _ in suspects)
+    sentence = f"Not in the mean of the seeds, but in {names}: {suspects[0][1].sentence}"
+    return Finding(finding.question, "suspect", sentence)
+
+
+def _findings(group: Group) -> list[Finding]:
     score = _series(group, "score_mean")
     rises = measure(score).direction == "rose"
     return [
@@ -130,10 +154,9 @@ def _judge(group: Group, key: str) -> Finding:
     if score.direction == "rose" and judge.direction == "fell":
         return Finding(question, "suspect", f"The score rose and the judge fell: {seen}")
     if judge.fell_from_best and not score.fell_from_best:
-        peak = f"{name} was best near step {judge.best_step:.0f} ({judge.best:.3g}) and has fallen "
-        return Finding(
-            question, "suspect", f"{peak}to {judge.last:.3g}, while the score held. {seen}"
-        )
+        peak = f"was best near step {judge.best_step:.0f} ({short_number(judge.best)})"
+        since = f"has fallen to {short_number(judge.last)} since, while the score held"
+        return Finding(question, "suspect", f"{name} {peak} and {since}. {seen}")
     if score.direction == "rose" and judge.direction == "did not change":
         return Finding(question, "unknown", f"The score rose and the judge did not follow: {seen}")
     return Finding(question, "clear", f"{seen[0].upper()}{seen[1:]}")
@@ -182,7 +205,7 @@ def _leash(group: Group) -> Finding:
         return Finding(question, "unknown", "Fewer than four steps.")
     seen = f"KL {kl.text} nats a response; the score {score.text}"
     if kl.direction == "rose" and score.fell_from_best:
-        best = f"the score was best near step {score.best_step:.0f} ({score.best:.3g})"
+        best = f"the score was best near step {score.best_step:.0f} ({short_number(score.best)})"
         return Finding(question, "suspect", f"{seen}; {best} and has fallen since.")
     if kl.direction == "rose" and score.direction != "rose":
         return Finding(question, "suspect", f"{seen}: KL grows and the score does not.")

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kleash.ppo.figure import Figure
+from kleash.ppo.figures import EVALUATION, STEP
 
-class Figure(NamedTuple):
-    """A key of metrics.jsonl; docs/metrics.md says what it means."""
+DEFINED = {each.name: each for section in (*STEP, EVALUATION) for each in section.figures}
+
+
+class Drawn(NamedTuple):
+    """A figure as the page calls it; what it means is defined in kleash.ppo.figures."""
 
     key: str
+    """In metrics.jsonl."""
     title: str
-    unit: str
     is_setting: bool = False
     """Drawn only where it changes in the course of a run."""
+
+    @property
+    def defined(self) -> Figure:
+        """Unit, formula and remedy."""
+        is_judge_name = self.key.startswith("evaluation/judge/")
+        return DEFINED["evaluation/judge/NAME" if is_judge_name else self.key]
+
+    @property
+    def unit(self) -> str:
+        """Without what it says about the range."""
+        return self.defined.unit.partition(",")[0]
 
     @property
     def axis(self) -> str:
@@ -24,59 +40,59 @@ class Chapter(NamedTuple):
     """Charts that are read together."""
 
     title: str
-    figures: tuple[Figure, ...]
+    figures: tuple[Drawn, ...]
 
 
 CHAPTERS = (
     Chapter(
         "Reward and leash",
         (
-            Figure("score_mean", "Score", "normalised score"),
-            Figure("reward_mean", "Reward: score minus KL penalty", "normalised score"),
-            Figure("kl_per_sequence", "KL from the reference", "nats a response"),
-            Figure("kl_coefficient", "KL coefficient β", "1", is_setting=True),
+            Drawn("score_mean", "Score"),
+            Drawn("reward_mean", "Reward: score minus KL penalty"),
+            Drawn("kl_per_sequence", "KL from the reference"),
+            Drawn("kl_coefficient", "KL coefficient β", is_setting=True),
         ),
     ),
     Chapter(
         "Held-out prompts",
         (
-            Figure("evaluation/score_mean", "Score", "normalised score"),
-            Figure("evaluation/kl_per_sequence", "KL from the reference", "nats a response"),
-            Figure("evaluation/response_length_mean", "Response length", "tokens"),
-            Figure("evaluation/stop_fraction", "Responses that stop", "fraction"),
+            Drawn("evaluation/score_mean", "Score"),
+            Drawn("evaluation/kl_per_sequence", "KL from the reference"),
+            Drawn("evaluation/response_length_mean", "Response length"),
+            Drawn("evaluation/stop_fraction", "Responses that stop"),
         ),
     ),
     Chapter(
         "Responses",
         (
-            Figure("response_length_mean", "Response length", "tokens"),
-            Figure("stop_fraction", "Responses that stop", "fraction"),
-            Figure("entropy", "Entropy", "nats a token"),
+            Drawn("response_length_mean", "Response length"),
+            Drawn("stop_fraction", "Responses that stop"),
+            Drawn("entropy", "Entropy"),
         ),
     ),
     Chapter(
         "Update",
         (
-            Figure("approx_kl", "Approximate KL of the update", "nats a token"),
-            Figure("clip_fraction", "Clipped tokens", "fraction"),
-            Figure("explained_variance", "Explained variance of values", "fraction"),
-            Figure("value_loss", "Value loss", "squared score"),
-            Figure("value_clip_fraction", "Clipped values", "fraction"),
-            Figure("policy_grad_norm", "Gradient norm of the policy", "1"),
-            Figure("value_grad_norm", "Gradient norm of the value network", "1"),
-            Figure("behaviour_gap_max", "Gap between sampler and trainer", "nats"),
-            Figure("learning_rate", "Learning rate of the policy", "1"),
+            Drawn("approx_kl", "Approximate KL of the update"),
+            Drawn("clip_fraction", "Clipped tokens"),
+            Drawn("explained_variance", "Explained variance of values"),
+            Drawn("value_loss", "Value loss"),
+            Drawn("value_clip_fraction", "Clipped values"),
+            Drawn("policy_grad_norm", "Gradient norm of the policy"),
+            Drawn("value_grad_norm", "Gradient norm of the value network"),
+            Drawn("behaviour_gap_max", "Gap between sampler and trainer"),
+            Drawn("learning_rate", "Learning rate of the policy"),
         ),
     ),
     Chapter(
         "Time and weights",
         (
-            Figure("step_s", "Step", "s"),
-            Figure("time_generate_s", "Generate", "s"),
-            Figure("time_update_s", "Update", "s"),
-            Figure("time_publish_s", "Publish", "s"),
-            Figure("publish_bytes", "Bytes of a version", "bytes"),
-            Figure("publish_changed_fraction", "Changed elements", "fraction"),
+            Drawn("step_s", "Step"),
+            Drawn("time_generate_s", "Generate"),
+            Drawn("time_update_s", "Update"),
+            Drawn("time_publish_s", "Publish"),
+            Drawn("publish_bytes", "Bytes of a version"),
+            Drawn("publish_changed_fraction", "Changed elements"),
         ),
     ),
 )
@@ -85,20 +101,20 @@ JUDGE_CHAPTER = "Held-out prompts"
 """The judge's figures come first there."""
 
 COMPARED = (
-    Figure("score_mean", "Score", "normalised score"),
-    Figure("reward_mean", "Reward", "normalised score"),
-    Figure("kl_per_sequence", "KL", "nats a response"),
-    Figure("evaluation/score_mean", "Held-out score", "normalised score"),
-    Figure("evaluation/kl_per_sequence", "Held-out KL", "nats a response"),
-    Figure("response_length_mean", "Response length", "tokens"),
-    Figure("stop_fraction", "Responses that stop", "fraction"),
-    Figure("entropy", "Entropy", "nats a token"),
-    Figure("explained_variance", "Explained variance", "fraction"),
-    Figure("step_s", "Step time", "s"),
+    Drawn("score_mean", "Score"),
+    Drawn("reward_mean", "Reward"),
+    Drawn("kl_per_sequence", "KL"),
+    Drawn("evaluation/score_mean", "Held-out score"),
+    Drawn("evaluation/kl_per_sequence", "Held-out KL"),
+    Drawn("response_length_mean", "Response length"),
+    Drawn("stop_fraction", "Responses that stop"),
+    Drawn("entropy", "Entropy"),
+    Drawn("explained_variance", "Explained variance"),
+    Drawn("step_s", "Step time"),
 )
 
 
-def judge_figure(key: str) -> Figure:
-    """A figure of the judge's, in the judge's unit."""
+def judge_figure(key: str) -> Drawn:
+    """A figure of the judge's."""
     name = key.removeprefix("evaluation/judge").removeprefix("/")
-    return Figure(key, f"Judge: {name}" if name else "Judge", "the judge's")
+    return Drawn(key, f"Judge: {name}" if name else "Judge")

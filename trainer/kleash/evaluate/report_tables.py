@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kleash.evaluate.band_chart import number
-from kleash.evaluate.report_figures import Figure
+from kleash.evaluate.report_figures import Drawn
 from kleash.evaluate.run_data import RunData
 from kleash.evaluate.run_groups import Group, final_figure, spread
 from kleash.sinks.sink import flattened
@@ -15,7 +15,7 @@ MOST_VERSIONS = 12
 """Rows of a run's table of weights, spread over it."""
 
 
-def compare(groups: Sequence[Group], figures: Sequence[Figure]) -> list[dict[str, Any]]:
+def compare(groups: Sequence[Group], figures: Sequence[Drawn]) -> list[dict[str, Any]]:
     """A row for each figure that any group has: its spread over the runs of each group."""
     rows = []
     for figure in figures:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from kleash.base.durable import write_whole
 from kleash.base.version import software_version
@@ -32,7 +33,7 @@ from kleash.evaluate.report_figures import (
     CHAPTERS,
     COMPARED,
     JUDGE_CHAPTER,
-    Figure,
+    Drawn,
     judge_figure,
 )
 from kleash.evaluate.report_samples import choose_samples
@@ -66,7 +67,7 @@ def render_run_report(runs: Sequence[RunData], path: Path, *, title: str, num_sa
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "short": short_number}
+    environment.filters |= {"number": number, "short": short_number, "prose": _prose}
     style, script = _asset("run_report.css"), _asset("run_report.js")
     page = environment.get_template("run_report.html.j2").render(
         title=title,
@@ -133,7 +134,7 @@ def _summary(group: Group, index: int) -> dict[str, Any]:
     }
 
 
-def _compared(groups: Sequence[Group]) -> list[Figure]:
+def _compared(groups: Sequence[Group]) -> list[Drawn]:
     keys = dict.fromkeys(key for group in groups for key in judge_keys(group))
     return [*COMPARED[:3], *map(judge_figure, keys), *COMPARED[3:]]
 
@@ -173,7 +174,7 @@ def _chart(
     cursors: dict[str, Any],
     *,
     name: str,
-    figure: Figure,
+    figure: Drawn,
     x_label: str = "step",
 ) -> dict[str, Any]:
     drawn = [Line(it.label, it.style, thinned(it.points, MOST_POINTS)) for it in lines]
@@ -183,6 +184,8 @@ def _chart(
         "name": name,
         "title": figure.title,
         "key": figure.key,
+        "formula": figure.defined.formula,
+        "remedy": figure.defined.remedy,
         "unit": figure.unit,
         "x_label": x_label,
         "svg": chart_svg(figure.title, drawn, x_label=x_label, y_label=figure.axis),
@@ -198,9 +201,9 @@ def _leash_charts(groups: Sequence[Group], cursors: dict[str, Any]) -> list[dict
     distance from the reference buys nothing (Gao, Schulman, Hilton 2022)."""
     has_evaluations = any(run.series("evaluation/score_mean") for g in groups for run in g.runs)
     prefix = "evaluation/" if has_evaluations else ""
-    figures = [Figure(f"{prefix}score_mean", "Score over √KL", "normalised score")]
+    figures = [Drawn(f"{prefix}score_mean", "Score")]
     keys = dict.fromkeys(key for group in groups for key in judge_keys(group)[:1])
-    figures += [Figure(key, f"{judge_figure(key).title} over √KL", "the judge's") for key in keys]
+    figures += map(judge_figure, keys)
     charts = []
     for figure in figures:
         lines = [
@@ -210,19 +213,26 @@ def _leash_charts(groups: Sequence[Group], cursors: dict[str, Any]) -> list[dict
         ]
         if lines:
             name = f"leash-{figure.key.replace('/', '-')}"
-            its = figure._replace(key=f"{figure.key} over √({prefix}kl_per_sequence)")
+            its = figure._replace(title=f"{figure.title} over √KL")
             charts.append(_chart(lines, cursors, name=name, figure=its, x_label="√(KL in nats)"))
     return charts
 
 
 def _over_root_kl(group: Group, kl_key: str, key: str) -> list[Point]:
-    """Means over the group's runs, in the order of steps; an estimate of KL below 0 counts as 0."""
+    """Means over the group's runs, in the order of steps, without bands: the curve may turn back.
+    An estimate of KL below 0 counts as 0."""
     kl = {point.step: point.mean for point in band([run.series(kl_key) for run in group.runs])}
     return [
-        Point(max(kl[point.step], 0.0) ** 0.5, point.mean, point.low, point.high)
+        Point(max(kl[point.step], 0.0) ** 0.5, point.mean, point.mean, point.mean)
         for point in band([run.series(key) for run in group.runs])
         if point.step in kl
     ]
+
+
+def _prose(text: str) -> Markup:
+    """Text of docs/metrics.md: names in backticks, links without their targets."""
+    plain = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", text)
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(plain))))
 
 
 def _asset(name: str) -> Markup:

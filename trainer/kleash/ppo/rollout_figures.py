@@ -20,7 +20,7 @@ WHICH_STEP = Section(
             unit="count",
             formula="Version of the policy after this step, which generates the next one. One "
             "more than before, unless the step trained the value network alone.",
-            remedy="It must be `step` minus `value.warmup_steps`.",
+            remedy="It must be `step` plus 1 minus `value.warmup_steps`.",
         ),
         Figure(
             "episodes",

@@ -15,6 +15,7 @@ from kleash.base.progress import Progress
 from kleash.base.trace_setup import traced
 from kleash.ppo.config import PPOConfig, ServicesConfig
 from kleash.ppo.control import Control, RunState
+from kleash.ppo.learner import TrainingDivergedError
 from kleash.ppo.lease import HoldLease, no_lease
 from kleash.ppo.report import PPOReport
 from kleash.ppo.service import TrainerService
@@ -23,10 +24,14 @@ from kleash.ppo.telemetry import export_run
 from kleash.ppo.train import train
 from kleash.rpc import client_metrics
 from kleash.rpc.errors import ServiceError
+from kleash.rpc.last_scrape import wait_for_scrape
 from kleash.rpc.ports import join
 from kleash.rpc.server import BackgroundServer, ServerConfig
 
 logger = logging.getLogger(__name__)
+
+LAST_SCRAPE_S = 60.0
+"""A run that diverged waits this long for Prometheus to read it: more than scrapes are apart."""
 
 OpenServices = Callable[[ServicesConfig, Callable[[], bool]], AbstractContextManager[Services]]
 """Waits for the services of a configuration until the function says that nobody needs them."""
@@ -74,6 +79,8 @@ def run(
             raise StoppedError(control.signal_number) from None
         except BaseException as error:
             control.end(RunState.FAILED, str(error) or type(error).__name__)
+            if isinstance(error, TrainingDivergedError) and config.server.metrics_port:
+                wait_for_scrape(LAST_SCRAPE_S, lambda: bool(control.signal_number))
             raise
 
 

@@ -3,7 +3,7 @@
 import { draw, duration, make, number } from "./format.js";
 
 const HEIGHT = 150, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 20;
-const WINDOW = 10;  // steps of the bold line's mean
+const SMOOTH_FROM = 20;  // steps from which on there is a bold line
 export const PHASES = [
   ["generate", "generate"], ["score", "score"], ["old_log_probs", "old log-probs"],
   ["update", "update"], ["publish", "publish"],
@@ -26,9 +26,9 @@ function range(values, holdsZero) {
   return [holdsZero && low === 0 ? 0 : low - room, high + room];
 }
 
-function means(values) {
+function means(values, count) {
   return values.map((_, at) => {
-    const part = values.slice(Math.max(0, at - WINDOW + 1), at + 1).filter(Number.isFinite);
+    const part = values.slice(Math.max(0, at - count + 1), at + 1).filter(Number.isFinite);
     return part.length ? part.reduce((sum, each) => sum + each, 0) / part.length : NaN;
   });
 }
@@ -63,9 +63,11 @@ class Chart {
     this.value = make("span", { className: "value" });
     this.svg = draw("svg", { height: HEIGHT, tabindex: 0, role: "slider", "aria-label": `${title}, ${unit}` });
     this.unit = unit;
-    this.place = make("span", { className: "soft", textContent: unit });
+    this.place = make("span", { textContent: unit });
+    this.more = make("span");
     this.element = make("figure", { className: "chart card" },
-      make("figcaption", {}, make("h3", {}, title, " ", this.place), this.value), this.svg);
+      make("figcaption", {}, make("h3", { textContent: title }), this.value),
+      make("p", { className: "beside soft" }, this.place, this.more), this.svg);
     this.svg.addEventListener("pointermove", (event) => this.board.point(this.stepAt(event)));
     this.svg.addEventListener("pointerleave", () => this.board.point(null));
     this.svg.addEventListener("blur", () => this.board.point(null));
@@ -76,16 +78,18 @@ class Chart {
     const box = this.svg.getBoundingClientRect(), steps = this.board.steps;
     if (!steps.length || !this.x) return null;
     const share = (event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT);
-    const wanted = this.first + share * (this.last - this.first);
+    const wanted = this.first - this.half + share * (this.last - this.first + 2 * this.half);
     return this.board.nearest(wanted);
   }
 
-  frame(low, high) {
+  // isBanded: each step has a band of its own, in place of a point
+  frame(low, high, isBanded = false) {
     const width = this.svg.clientWidth || 320, steps = this.board.steps;
     this.width = width;
     this.first = steps[0] ?? 0;
     this.last = Math.max(steps[steps.length - 1] ?? 1, this.first + 1);
-    this.x = (step) => LEFT + ((step - this.first) / (this.last - this.first)) * (width - LEFT - RIGHT);
+    this.half = isBanded ? 0.5 : 0;
+    this.x = (step) => LEFT + ((step - this.first + this.half) / (this.last - this.first + 2 * this.half)) * (width - LEFT - RIGHT);
     this.y = (value) => TOP + (1 - (value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.svg.replaceChildren();
@@ -95,7 +99,7 @@ class Chart {
       this.add("line", { x1: LEFT, x2: width - RIGHT, y1: this.y(at), y2: this.y(at), class: at === 0 ? "zero-line" : "grid-line" });
       this.add("text", { x: LEFT - 6, y: this.y(at) + 4, "text-anchor": "end" }, (decimals < 6 ? at.toFixed(decimals) : number(at, 2)).replace("-", "−"));
     }
-    for (const at of ticks(this.first, this.last, Math.min(12, width / 45)))
+    for (const at of ticks(this.first, this.last, Math.min(12, width / 52)))
       if (Number.isInteger(at)) this.add("text", { x: this.x(at), y: HEIGHT - 4, "text-anchor": "middle" }, String(at));
   }
 
@@ -137,17 +141,19 @@ class Line extends Chart {
       if (upper.length) this.add("path", { class: "band", d: path(upper, this.x, this.y) + path(lower.reverse(), this.x, this.y).replace("M", "L") + "Z" });
     }
     if (aim) this.add("line", { class: "aim", x1: LEFT, x2: this.width - RIGHT, y1: this.y(aim), y2: this.y(aim) });
-    const isLong = steps.length > WINDOW;
+    const isLong = this.board.window > 0;
     this.add("path", { class: isLong ? "raw" : "raw alone", d: path(thinned(points, most), this.x, this.y) });
-    if (isLong) this.add("path", { class: "smooth", d: path(thinned(means(values).map((each, at) => [steps[at], each]), most), this.x, this.y) });
+    if (isLong) this.add("path", { class: "smooth", d: path(thinned(means(values, this.board.window).map((each, at) => [steps[at], each]), most), this.x, this.y) });
     rows.forEach((row, at) => {
       if (row[this.also] !== undefined) this.add("circle", { class: "dot", cx: this.x(steps[at]), cy: this.y(row[this.also]), r: 3.5 });
     });
     const at = pointed === null ? rows.length - 1 : steps.indexOf(pointed), row = rows[at];
     const text = row ? number(row[this.key]) : "–";
-    this.value.replaceChildren(text);
-    if (row && this.spread) this.value.append(make("small", { textContent: ` ± ${number(row[this.spread], 2)}` }));
-    if (row && row[this.also] !== undefined) this.value.append(make("small", { textContent: `  held-out ${number(row[this.also])}` }));
+    this.value.textContent = text;
+    const more = [];
+    if (row && this.spread) more.push(`± ${number(row[this.spread], 2)}`);
+    if (row && row[this.also] !== undefined) more.push(`held-out ${number(row[this.also])}`);
+    this.more.textContent = more.join(" · ");
     this.mark(row && pointed);
     if (row && Number.isFinite(row[this.key]) && (pointed !== null || steps.length === 1))
       this.add("circle", { class: "mark", cx: this.x(steps[at]), cy: this.y(row[this.key]), r: 4.5 });
@@ -172,8 +178,8 @@ class Phases extends Chart {
     const { rows, steps, pointed } = this.board;
     const times = rows.map((row) => PHASES.map(([key]) => row[`time_${key}_s`] || 0));
     const totals = times.map((each) => each.reduce((a, b) => a + b, 0));
-    this.frame(0, range(totals, true)[1]);
-    const room = (this.width - LEFT - RIGHT) / Math.max(this.last - this.first, 1);
+    this.frame(0, range(totals, true)[1], true);
+    const room = (this.width - LEFT - RIGHT) / (this.last - this.first + 1);
     // A pixel's worth of steps is one bar, with their mean.
     const size = Math.max(1, Math.ceil(2 / room)), wide = Math.max(1, Math.min(room * size - (room * size > 4 ? 1.5 : 0), 28));
     for (let at = 0; at < rows.length; at += size) {
@@ -182,7 +188,7 @@ class Phases extends Chart {
       PHASES.forEach(([key], phase) => {
         const mean = group.reduce((sum, each) => sum + each[phase], 0) / group.length;
         const top = this.y(below + mean), height = this.y(below) - top;
-        const middle = Math.min(Math.max(this.x(steps[at]), LEFT + wide / 2), this.width - RIGHT - wide / 2);
+        const middle = this.x(steps[at] + (group.length - 1) / 2);
         const bar = draw("rect", { x: middle - wide / 2, y: top, width: wide, height: Math.max(0, height) });
         bar.style.fill = `var(--phase-${key})`;
         if (height > 0.2) this.svg.append(bar);
@@ -191,7 +197,7 @@ class Phases extends Chart {
     }
     const at = pointed === null ? rows.length - 1 : steps.indexOf(pointed), row = rows[at];
     this.items.forEach((item, phase) => { item.textContent = row ? duration(times[at][phase]) : "–"; });
-    this.value.replaceChildren(row ? duration(row.step_s) : "–");
+    this.value.textContent = row ? duration(row.step_s) : "–";
     this.mark(row && pointed);
     this.say(steps[at], row ? `${duration(row.step_s)}; ` + PHASES.map(([, name], phase) => `${name} ${duration(times[at][phase])}`).join(", ") : "");
   }
@@ -212,6 +218,7 @@ export class Board {
     this.rows = [];
     this.steps = [];
     this.pointed = null;
+    this.window = 0;  // steps of the bold line's mean; 0 for no bold line
     this.aims = {};  // wanted values by key
     this.charts = LINES.map((each) => new Line(this, each));
     lines.append(...this.charts.map((each) => each.element));
@@ -223,6 +230,8 @@ export class Board {
   show(rows) {
     this.rows = rows;
     this.steps = rows.map((row) => row.step);
+    // In a short run a mean of ten would tell of the start for most of it.
+    this.window = rows.length < SMOOTH_FROM ? 0 : Math.min(10, Math.round(rows.length / 8));
     if (!this.steps.includes(this.pointed)) this.pointed = null;
     this.later();
   }

@@ -70,6 +70,7 @@ function showRun() {
 function showFigures() {
   const kept = [...rows.values()];
   board.show(kept);
+  byId("hint").textContent = board.window ? `Thin: each step. Bold: mean of ${board.window}. ` : "";
   const newest = kept.slice(-20).reverse();
   byId("table").replaceChildren(
     make("thead", {}, make("tr", {}, ...COLUMNS.map(([, name]) => make("th", { scope: "col", textContent: name })))),
