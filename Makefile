@@ -16,7 +16,7 @@ HELM = $(shell command -v helm || echo $(TOOLS)/helm)
 
 .PHONY: setup demo test check bench protos protos-check openapi lint types imports clean help
 .PHONY: metrics-docs metrics-docs-check image test-image apt-tools client-venvs bench-framework
-.PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards dashboard-pictures chart-readme screenshots
+.PHONY: k8s-tools checkov chart-lint manifests manifests-check goldens dashboards dashboard-pictures chart-readme screenshots trace-picture
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -165,6 +165,10 @@ runs/demo/report.json: | $(STAMP)
 
 dashboard-pictures: $(STAMP) k8s-tools  ## draw the dashboards for docs/, from a run made for it; minutes
 	$(BIN)/python -m tests.dashboard_pictures docs/images
+
+# The real files of a run on tiny models whose policy decodes six responses side by side.
+trace-picture: $(STAMP)  ## draw the trace of a PPO step for docs/, from a run made for it
+	$(BIN)/python -m tests.trace_picture docs/images/trace-step.png
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PROTO_VENV) $(CHECKOV_VENV) build dist

@@ -95,6 +95,7 @@ ERROR = {
     },
 }
 HEALTH = {
+    "description": "Whether it is so, as the status code tells, too.",
     "type": "object",
     "additionalProperties": False,
     "required": ["status"],

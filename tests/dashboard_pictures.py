@@ -42,7 +42,7 @@ def main() -> int:
 def _pictures(run: ObservedRun, folder: Path, seconds: float) -> dict[Path, list[str]]:
     began = time.time()
     # One replica is enough: the other one's restart shows as a lag and does not stop the run.
-    run.train(total_steps=2000, publish={"quorum": 1})
+    run.train(total_steps=2000, publish={"quorum": 1}, kl={"target": 4.0})
     run.wait_for_steps(1)
     with RewardCallers(run.pod("reward").address):
         time.sleep(seconds * 0.6)

@@ -125,7 +125,7 @@ def heatmap(axes: Any, scale: Any, found: Sequence[Curve], times: np.ndarray, th
 
 def time_axis(axes: Any, asking: Asking, theme: Theme) -> None:
     """Times of day, UTC."""
-    form = "%H:%M" if asking.end_s - asking.start_s > 300 else "%H:%M:%S"
+    form = "%H:%M" if asking.end_s - asking.start_s > 120 else "%H:%M:%S"
     axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=3, maxticks=6))
     axes.xaxis.set_major_formatter(dates.DateFormatter(form))
     axes.set_xlim(*_moments(np.array([asking.start_s, asking.end_s])))

@@ -211,3 +211,18 @@ def test_a_trainer_that_is_frozen_is_a_target_that_is_down(run: ObservedRun) -> 
     finally:
         trainer.thaw()
     run.wait_for_steps(len(run.steps()) + 2)
+
+
+def test_a_run_that_diverges_is_seen_before_it_ends(
+    tmp_path: Path, models: Models, rules: list[dict[str, Any]]
+) -> None:
+    """A learning rate that no model survives: the trainer ends, and lets Prometheus read why."""
+    with observed_run(tmp_path, need("prometheus"), models, num_policies=1) as run:
+        run.prometheus.add_rules("kleash", rules)
+        trainer = run.train(policy={"learning_rate": 1e30})
+        fired = wait_for_alert(run)
+        assert names(fired) == {"KleashTrainingNonFinite"}
+        assert [alert["instance"] for alert in fired] == [trainer.labels["instance"]]
+        assert trainer.process is not None
+        assert trainer.process.wait(LATEST_S) != 0
+        assert "is not finite" in trainer.log.read_text()

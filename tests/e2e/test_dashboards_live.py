@@ -18,7 +18,7 @@ from tests.observed_run import NAMESPACE, Models, ObservedRun, observed_run
 from tests.prometheus import START_S
 from tests.reward_callers import LIMITS, RewardCallers
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 EMPTY = {
     ("reward-slo", "Memory of GPUs"): "this machine's processes compute on the CPU",

@@ -53,6 +53,9 @@ def test_a_printed_command_is_one_that_works(page: str, command: str, tmp_path: 
             check_kubectl(words)
         case "kleash":
             check_kleash(words)
+        case "promtool":
+            done = run(need("promtool"), *words[1:])
+            assert done.returncode == 0, done.stdout + done.stderr
         case "pip":
             extras = (ROOT / "pyproject.toml").read_text()
             assert re.search(rf"^{words[2].partition('[')[2].rstrip(']')} = ", extras, re.MULTILINE)

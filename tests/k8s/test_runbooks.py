@@ -135,11 +135,13 @@ def is_key(words: str) -> bool:
     """Whether it is a key of ``kleash ppo``, or of limits and server of ``kleash serve``."""
     configs: list[Any] = [PPOConfig, PolicyConfig, RewardConfig]
     for word in words.split("."):
-        fields = [each.model_fields[word] for each in configs if word in each.model_fields]
-        configs = [
-            field.annotation for field in fields if hasattr(field.annotation, "model_fields")
+        kinds = [
+            each.model_fields[word].annotation for each in configs if word in each.model_fields
         ]
-    return bool(fields)
+        if not kinds:
+            return False
+        configs = [kind for kind in kinds if hasattr(kind, "model_fields")]
+    return True
 
 
 @each_page

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 from tests.run_folders import write_run
 
+from kleash.base.config import describe_config
 from kleash.evaluate.band_chart import MINUS, Axis, nice_step, number
 from kleash.evaluate.run_data import read_runs
 from kleash.evaluate.run_groups import (
+    UNRELATED,
     Point,
     band,
     differing_keys,
@@ -19,6 +22,7 @@ from kleash.evaluate.run_groups import (
     spread,
     thinned,
 )
+from kleash.ppo.config import PPOConfig
 
 pytestmark = pytest.mark.unit
 
@@ -71,6 +75,12 @@ def test_runs_that_differ_in_seed_and_place_alone_are_a_group(tmp_path: Path) ->
     assert [group.label for group in groups] == ["kl.coefficient=0.1", "kl.coefficient=0.01"]
     assert groups[0].seeds == [0, 1]
     assert differing_keys([groups[0].runs[0], groups[1].runs[0]]) == {"kl.coefficient": [0.1, 0.01]}
+
+
+def test_keys_that_are_left_out_exist() -> None:
+    keys = {key for key, *_ in describe_config(PPOConfig)}
+    known = keys | {key[: place.start()] for key in keys for place in re.finditer(r"\.", key)}
+    assert [name for name in UNRELATED if name not in known] == []
 
 
 def test_one_group_is_called_by_its_run_or_its_seeds(tmp_path: Path) -> None:

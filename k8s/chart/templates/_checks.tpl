@@ -122,6 +122,9 @@ configuration that name no Service of the release.
 {{- define "kleash.checkOutside" -}}
 {{- $values := .Values -}}
 {{- if $values.networkPolicy.enabled -}}
+{{- if and $values.tracing.endpoint (not $values.tracing.egress) -}}
+{{- fail (printf "tracing.endpoint is %s, and the NetworkPolicies keep the way there closed; set tracing.egress to a rule that leads there, such as [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: NAMESPACE}}}], ports: [{port: 4318}]}]" $values.tracing.endpoint) -}}
+{{- end -}}
 {{- if $values.trainer.enabled -}}
 {{- $given := merge dict ($values.trainer.config.services | default dict) (ternary ($values.demo.trainerConfig.services | default dict) dict $values.demo.enabled) -}}
 {{- range $service := list "policy" "reward" "reference" -}}

@@ -42,6 +42,9 @@ the loopback, where `kubectl port-forward` comes from. Takes root, component, ke
 {{- $args := dict "root" $root "component" $workload.component "key" $workload.key "keys" $workload.services -}}
 {{- $_ := set $args "callers" (include "kleash.callersOf" $args | fromJsonArray) -}}
 {{- $config := dict "server" (include "kleash.server" $args | fromJson) -}}
+{{- with $root.Values.tracing.endpoint -}}
+{{- $_ := set $config "tracing" (dict "exporter" "otlp" "endpoint" . "sample_ratio" $root.Values.tracing.sampleRatio) -}}
+{{- end -}}
 {{- range $service := $workload.services -}}
 {{- $section := dict -}}
 {{- $hasModels := and (eq $service "reward") $root.Values.reward.models -}}
@@ -88,6 +91,9 @@ the loopback, where `kubectl port-forward` comes from. Takes root, component, ke
 {{- $config := dict "out" (printf "/runs/%s/ppo" $run) "resume" true "run_id" $run "model" $model.folder "services" $services -}}
 {{- $_ := set $config "publish" (dict "server" $store "address" $weights "lease" (include "kleash.name" $args)) -}}
 {{- $_ := set $config "server" (include "kleash.server" $args | fromJson) -}}
+{{- with .Values.tracing.endpoint -}}
+{{- $_ := set $config "tracing" (dict "exporter" "otlp" "endpoint" . "sample_every" $.Values.tracing.sampleEvery) -}}
+{{- end -}}
 {{- with include "kleash.trainerRewardModelUri" . -}}
 {{- $_ := set $config "reward_model" (include "kleash.model" (dict "root" $ "uri" .) | fromJson).folder -}}
 {{- end -}}

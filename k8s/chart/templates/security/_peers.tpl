@@ -138,6 +138,12 @@
   ports:
     {{- include "kleash.tcp" $policy.downloads.ports | nindent 4 }}
 {{- end }}
+{{- if and .root.Values.tracing.endpoint (or .services (eq .component "trainer")) }}
+{{- with .root.Values.tracing.egress }}
+# Spans: to the collector.
+{{ toYaml . }}
+{{- end }}
+{{- end }}
 {{- with (index .root.Values (include "kleash.valuesKey" .component)).extraEgress }}
 {{ toYaml . }}
 {{- end }}

@@ -4,8 +4,8 @@ export function number(value, digits = 3) {
   if (value === undefined || value === null) return "–";
   if (!Number.isFinite(value)) return String(value);
   const size = Math.abs(value);
-  if (size >= 1e5 || (size > 0 && size < 1e-3)) return value.toExponential(digits - 1).replace("-", "−");
-  const decimals = size === 0 ? 0 : Math.max(0, Math.min(4, digits - 1 - Math.floor(Math.log10(size))));
+  if (size >= 1e5 || (size > 0 && size < 1e-4)) return value.toExponential(digits - 1).replace("-", "−");
+  const decimals = size === 0 ? 0 : Math.max(0, Math.min(6, digits - 1 - Math.floor(Math.log10(size))));
   return value.toFixed(decimals).replace("-", "−");
 }
 
