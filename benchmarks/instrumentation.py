@@ -1,6 +1,6 @@
 """Share of a PPO step that its metrics cost: every counter, gauge and histogram of all processes.
 
-    python benchmarks/instrumentation.py         the demo's size, about three minutes
+    python benchmarks/instrumentation.py         the demo's size, three minutes where it is quiet
     python benchmarks/instrumentation.py --quick --json out.json
 
 Trainer and services are in this process, over gRPC on loopback and with the clients' metrics on, so

@@ -26,7 +26,7 @@ from kleash.reward import http
 from kleash.rpc.http_api import HttpRoute
 
 PROTOS = Path(__file__).parent
-OUTPUT = http.API.openapi
+OUTPUT = Path(http.__file__).with_name("openapi.json")
 DESCRIPTION = """\
 Scores text or token sequences with a reward model. The bodies are the JSON mapping of the messages
 of `kleash.reward.v1`, the API that the gRPC port serves: names may be written as `item_id` or
@@ -101,6 +101,17 @@ HEALTH = {
     "required": ["status"],
     "properties": {"status": {"enum": ["SERVING", "NOT_SERVING"]}},
 }
+TURN = {"role": "user", "content": "What is 3 plus 4?"}
+ANSWER = {"role": "assistant", "content": "3 plus 4 is 7."}
+TEXTS = [{"item_id": "a", "conversation": {"messages": [TURN, ANSWER]}}]
+EXAMPLES: dict[str, Any] = {
+    "Score": {"items": TEXTS},
+    "ScoreStream": {"item": TEXTS[0]},
+    "Compare": {"prompt": {"messages": [TURN]}, "responses": ["3 plus 4 is 7.", "It is 8."]},
+    "CountTokens": {"items": TEXTS},
+    "GetReward": {"query": ["What is 3 plus 4? 3 plus 4 is 7."]},
+}
+"""Of the bodies, by operation."""
 _F = FieldDescriptorProto
 SCALARS: dict[int, dict[str, Any]] = {
     _F.TYPE_STRING: {"type": "string"},
@@ -270,7 +281,8 @@ def _operation(route: HttpRoute, protos: Protos, schemas: Schemas) -> dict[str, 
         ]
     else:
         schema = schemas.refer(method.input_type, is_answer=False)
-        operation["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
+        body = {"schema": schema, "example": EXAMPLES[route.method]}
+        operation["requestBody"] = {"required": True, "content": {kind: body}}
     operation["responses"] = _responses(kind, answer)
     return operation
 
@@ -313,7 +325,8 @@ def _get_reward(schemas: Schemas) -> dict[str, Any]:
             },
         },
     }
-    body = {"schema": {"$ref": "#/components/schemas/GetRewardRequest"}}
+    schema = {"$ref": "#/components/schemas/GetRewardRequest"}
+    body = {"schema": schema, "example": EXAMPLES["GetReward"]}
     return {
         "operationId": "GetReward",
         "summary": "Scores texts as OpenRLHF's reward server does.",

@@ -19,7 +19,7 @@ SILENCES_S = {"silentBatcherSeconds": 180, "stalledSeconds": 300}
 
 _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = r"(?:\d+(?:ms|[smhd]))+"
-_IN_EXPRESSION = re.compile(rf"(?P<before>\[|\boffset\s+)(?P<duration>{_DURATION})\b")
+_IN_EXPRESSION = re.compile(rf"(?P<before>(?<=[\w}}])\[|\boffset\s+)(?P<duration>{_DURATION})\b")
 
 
 def installed_rules(factor: float = 1) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Draws the trace of a PPO step from a run that it makes: tiny models, ``kleash up``, four processes.
+"""Draws the trace of a PPO step from a run that it makes: tiny models, four processes.
 
 python -m tests.trace_picture docs/images/trace-step.png     `make trace-picture`; a minute
 """

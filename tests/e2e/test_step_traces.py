@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,11 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from kleash.base.config import Config, describe_config
+from kleash.ppo.config import PPOConfig
 from kleash.traces.read import StepTrace, files_of_run, read_spans, step_traces
 from kleash.traces.summary import phases
+from kleash.up.config import ServeConfig, UpConfig
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
 
+ROOT = Path(__file__).parents[2]
+DOC = (ROOT / "docs" / "tracing.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```$", DOC, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+]
 STEPS = 3
 PROMPT = "What is the sum of"
 
@@ -46,8 +59,7 @@ def run(
         f"--ppo.evaluation.every={STEPS}",
         f"--ppo.out={root / 'run'}",
         f"--ppo.total_steps={STEPS}",
-        "--ppo.tracing.exporter=file",
-        "--ppo.tracing.sample_every=1",
+        *(word for word in shlex.split(COMMANDS[1]) if word.startswith("--")),
         "--ppo.sampling.max_new_tokens=24",
         "--ppo.batch_size=16",
         "--ppo.services.group_size=4",
@@ -105,6 +117,72 @@ def test_scoring_overlaps_generation(run: Traced) -> None:
         hidden = {phase.name: phase.hidden for phase in phases(trace)}
         assert hidden["score"], "no score was computed while responses were generated"
         assert hidden["reference"], "no reference was computed meanwhile"
+
+
+def test_the_page_names_every_span(run: Traced) -> None:
+    table = DOC[DOC.index("| span | process |") :]
+    documented = {
+        (name, process)
+        for row in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row[0])
+        for process in row[1].replace("services", "policy, reward, reference").split(", ")
+    }
+    recorded = {
+        (span.name, span.process.name)
+        for trace in run.steps.values()
+        for span in trace.spans
+        if "/" not in span.name
+    }
+    assert recorded <= documented
+    assert documented - recorded == {("checkpoint", "trainer")}
+    notes = set(re.findall(r"`(kleash\.\w+)`", table))
+    noted = {key for it in run.steps.values() for span in it.spans for key in span.attributes}
+    assert {key for key in noted if key.startswith("kleash.")} <= notes
+
+
+def test_the_commands_of_the_page(run: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that start processes have keys that are read; kleash trace shows the run."""
+    monkeypatch.chdir(run.folder.parent)
+    (run.folder.parent / "run.toml").write_text("")
+    for line in COMMANDS:
+        words = [word for word in shlex.split(line) if "OTEL_" not in word]
+        match words[:2]:
+            case ["kleash", "up"]:
+                keys = describe_keys(UpConfig)
+            case ["kleash", "ppo"]:
+                keys = describe_keys(PPOConfig)
+            case ["kleash", "serve"]:
+                keys = describe_keys(ServeConfig) | {"model"}
+            case ["kleash", "trace"]:
+                show(line, run)
+                continue
+            case _:
+                assert line == "pip install 'kleash[train,trace]'"
+                continue
+        flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+        assert flags
+        assert flags <= keys
+
+
+def describe_keys(config_class: type[Config]) -> set[str]:
+    return {key for key, *_ in describe_config(config_class)}
+
+
+def show(line: str, run: Traced) -> None:
+    """``runs/mine/ppo`` is the run, whose reward service writes elsewhere in the page."""
+    line = line.replace("runs/mine/ppo", str(run.folder))
+    line = line.replace(" traces/reward.jsonl", f" {run.folder}/traces/reward.jsonl")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "critical path" in done.stdout
 
 
 def test_no_text_is_in_the_files(run: Traced) -> None:

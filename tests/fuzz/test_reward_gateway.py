@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from tests.fuzz import gateway, reward
+from tests.fuzz import gateway, gateway_wire, reward
 from tests.services.http_client import HttpPort, serving_reward
 
 from kleash.reward.http import API
@@ -29,6 +30,7 @@ PATHS = [(route.verb, route.path) for route in API.routes]
 COUNT = 600
 CASES = 60
 CALL_S = 30.0
+assert API.openapi is not None
 DOCUMENT = json.loads(API.openapi.read_text(encoding="utf-8"))
 # The server is asked to be patient: a case that waits no time at all is answered so, rightly.
 PATIENT = {"X-Request-Timeout-S": "30"}
@@ -55,6 +57,17 @@ def test_any_body_gets_an_answer_or_a_clear_status(port: HttpPort) -> None:
     for path in gateway.PATHS:
         assert outcomes[f"{path} 200"] > 0
         assert outcomes[f"{path} 400"] > 0
+
+
+def test_any_bytes_get_an_answer_or_a_clear_status(
+    tiny_reward_folder: Path, tmp_path: Path
+) -> None:
+    outcomes = asyncio.run(gateway_wire.fuzz(tiny_reward_folder, COUNT, 3, tmp_path))
+    for path in gateway.PATHS:
+        assert outcomes[f"{path} 200"] > 0
+        assert outcomes[f"{path} 400"] > 0
+    for status in (400, 401, 404, 405):
+        assert outcomes[f"spoiled {status}"] > 0
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))

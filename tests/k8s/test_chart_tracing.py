@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from tests.k8s.chart import NAMESPACE, of_kind, pods, render
@@ -16,6 +18,7 @@ from kleash.up.config import ServeConfig
 
 pytestmark = pytest.mark.k8s
 
+PAGE = Path(__file__).parents[2] / "docs" / "tracing.md"
 COLLECTOR = "http://otel-collector.observability:4318"
 EGRESS = [
     {
@@ -46,6 +49,14 @@ def test_every_process_sends_its_spans_to_the_collector() -> None:
             assert (trainer.endpoint, trainer.sample_every) == (COLLECTOR, 5)
             seen.add("trainer")
     assert seen == {"policy", "reward", "reference", "trainer"}
+
+
+def test_the_values_of_the_page_render(tmp_path: Path) -> None:
+    (values,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "values.yaml").write_text(values)
+    objects = render(tmp_path / "values.yaml")
+    (trainer,) = [pod for pod in pods(objects) if pod.component == "trainer" and not pod.is_test]
+    assert config_of(objects, trainer, "ppo.json")["tracing"]["endpoint"] == COLLECTOR
 
 
 def test_the_way_to_the_collector_is_open_to_those_that_trace() -> None:

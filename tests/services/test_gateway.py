@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 from prometheus_client import REGISTRY
-from tests.services.doubler import CALL_S, Doubler, eventually
+from tests.services.doubler import CALL_S, WAIT_S, Doubler, eventually
 from tests.services.http_client import LINES, HttpPort, serving_http, serving_reward
 
 from kleash.base.errors import UserError
@@ -320,3 +321,13 @@ def test_what_is_no_http_is_answered_in_json(port: HttpPort) -> None:
     assert json.loads(response.read())["error"]["reason"] == "BAD_HTTP"
     connection.close()
     assert REGISTRY.get_sample_value("kleash_http_requests_total", labels) == before + 1
+
+
+@pytest.mark.parametrize("version", [b"0.9", b"2.0"])
+def test_other_versions_of_http_are_answered_in_ours(port: HttpPort, version: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port.port), timeout=WAIT_S) as caller:
+        caller.sendall(b"GET /healthz HTTP/%s\r\nHost: x\r\n\r\n" % version)
+        response = http.client.HTTPResponse(caller)
+        response.begin()
+        assert (response.version, response.status) == (11, 400)
+        assert json.loads(response.read())["error"]["reason"] == "BAD_HTTP"

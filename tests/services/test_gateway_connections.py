@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import REGISTRY
-from tests.services.doubler import WAIT_S, eventually
+from tests.services.doubler import WAIT_S, eventually, free_port
 from tests.services.http_client import JSON, LINES, HttpPort, serving_http
 
 from kleash.common.v1 import common_pb2
@@ -116,13 +116,15 @@ def test_a_caller_that_says_nothing_is_not_kept(head: bytes) -> None:
 
 def test_a_reader_that_takes_no_answer_is_cut_off(lost: threading.Event) -> None:
     service = Flood()
-    with serving_http(service, max_request_s=1.0) as (_, port):
-        with sent(port, "/v1/score", ITEMS, JSON) as connection:
-            assert service.answered.wait(WAIT_S)
-            assert lost.wait(WAIT_S)
-            response = connection.getresponse()
-            with contextlib.suppress(OSError):  # what the sockets hold, and no more
-                assert len(response.read(4 * NUM_FLOATS)) < 4 * NUM_FLOATS
+    with (
+        serving_http(service, max_request_s=1.0) as (_, port),
+        sent(port, "/v1/score", ITEMS, JSON) as connection,
+    ):
+        assert service.answered.wait(WAIT_S)
+        assert lost.wait(WAIT_S)
+        response = connection.getresponse()
+        with contextlib.suppress(OSError):  # what the sockets hold, and no more
+            assert len(response.read(4 * NUM_FLOATS)) < 4 * NUM_FLOATS
 
 
 def test_a_reader_that_takes_no_lines_is_cut_off(
@@ -141,14 +143,15 @@ def test_a_reader_that_takes_no_lines_is_cut_off(
 def test_a_stream_ends_when_its_caller_leaves() -> None:
     service = Flood()
     service.on_item = "wait"
-    with serving_http(service) as (_, port):
-        with sent(
-            port, "/v1/score_stream", {"item": {}}, {**LINES, "Content-Length": "1000"}
-        ) as connection:
-            assert service.answered.wait(WAIT_S)
-            assert not service.was_cancelled.is_set()
-            connection.close()
-            assert service.was_cancelled.wait(WAIT_S)
+    headers = {**LINES, "Content-Length": "1000"}
+    with (
+        serving_http(service) as (_, port),
+        sent(port, "/v1/score_stream", {"item": {}}, headers) as connection,
+    ):
+        assert service.answered.wait(WAIT_S)
+        assert not service.was_cancelled.is_set()
+        connection.close()
+        assert service.was_cancelled.wait(WAIT_S)
 
 
 def test_a_reader_that_leaves_is_no_fault_of_the_server(
@@ -181,36 +184,46 @@ def test_a_reader_that_leaves_is_no_fault_of_the_server(
 
 
 def test_a_server_that_ends_waits_for_the_readers_of_its_answers() -> None:
-    service = Flood()
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_ending_by_hand(service))
-        connection = stack.enter_context(sent(server.port, "/v1/score", ITEMS, JSON))
+    service, number = Flood(), free_port()
+    server = BackgroundServer([service], ServerConfig(http_port=number))
+    server.__enter__()
+    ending = threading.Thread(target=server.__exit__)
+    with sent(HttpPort(number), "/v1/score", ITEMS, JSON) as connection:
         assert service.answered.wait(WAIT_S)
-        server.ending.start()
-        server.ending.join(2.0)
-        assert server.ending.is_alive()
+        ending.start()
+        ending.join(2.0)
+        assert ending.is_alive()
         response = connection.getresponse()
         results = json.loads(response.read())["results"]
-        server.ending.join(WAIT_S)
-        assert not server.ending.is_alive()
+        ending.join(WAIT_S)
+        assert not ending.is_alive()
     assert response.status == 200
     assert results[0]["token_scores"]["count"] == NUM_FLOATS
 
 
-class _Served:
-    def __init__(self, port: HttpPort, ending: threading.Thread) -> None:
-        self.port = port
-        self.ending = ending
+def test_a_caller_that_leaves_before_it_is_asked_for_the_body_is_no_fault_of_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    check = http_calls._check_type
 
+    def leave(request: Any, *, is_stream: bool) -> None:
+        check(request, is_stream=is_stream)
+        request.transport.close()
 
-@contextlib.contextmanager
-def _ending_by_hand(service: Flood) -> Iterator[_Served]:
-    from tests.services.doubler import free_port
+    monkeypatch.setattr(http_calls, "_check_type", leave)
+    labels = {"grpc_service": SERVICE, "grpc_method": "Score", "grpc_type": "unary"}
+    labels["grpc_code"] = "CANCELLED"
 
-    number = free_port()
-    server = BackgroundServer([service], ServerConfig(http_port=number))
-    server.__enter__()
-    yield _Served(HttpPort(number), threading.Thread(target=server.__exit__))
+    def cancelled() -> float:
+        return REGISTRY.get_sample_value("grpc_server_handled_total", labels) or 0.0
+
+    before = cancelled()
+    with (
+        serving_http(Flood()) as (_, port),
+        sent(port, "/v1/score", ITEMS, {**JSON, "Expect": "100-continue"}),
+    ):
+        eventually(lambda: cancelled() == before + 1)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize(
@@ -224,9 +237,11 @@ def test_who_asks_before_it_sends_the_body(version: bytes, status: int, told: by
         b"POST %s HTTP/%s\r\nHost: x\r\nContent-Type: application/json\r\n"
         b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (path, version, len(body))
     )
-    with serving_http(Flood()) as (_, port):
-        with socket.create_connection(("127.0.0.1", port.port), timeout=WAIT_S) as caller:
-            caller.sendall(head + (body if status == 200 else b""))
-            answer = caller.recv(2000)
+    with (
+        serving_http(Flood()) as (_, port),
+        socket.create_connection(("127.0.0.1", port.port), timeout=WAIT_S) as caller,
+    ):
+        caller.sendall(head + (body if status == 200 else b""))
+        answer = caller.recv(2000)
     assert answer.startswith(b"HTTP/%s %d " % (version, status))
     assert (b"Connection: close" in answer) == bool(told)

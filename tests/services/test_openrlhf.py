@@ -1,8 +1,19 @@
-"""POST /get_reward, asked as OpenRLHF asks its remote reward URL (openrlhf/utils/agent.py)."""
+"""POST /get_reward, asked as OpenRLHF asks its remote reward URL.
+
+``fetch_rewards_via_http`` and ``reward_of`` do what SingleTurnAgentExecutor does at
+https://github.com/OpenRLHF/OpenRLHF/blob/3c3be6234e0cb353e76bb8019947db9dfe99fca7
+(version 0.11.0), openrlhf/utils/agent.py:285-356: the keys of the body, aiohttp as the client and
+its time limit, how the queries are divided among servers, five attempts, what is read of the reply.
+Only the second between attempts is left out. ``tensors_of`` is what trainer/ppo_utils/
+samples_generator.py:284-309 makes of that, and ``ask_as_before`` the client of versions up to 0.8
+(openrlhf/utils/remote_rm_utils.py at tag v0.8.0). The server that is compared with is
+openrlhf/cli/serve_rm.py of the same commit.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +21,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+import requests
 import torch
 import transformers
+from prometheus_client import REGISTRY
 from tests.services.http_client import HttpPort, serving_reward
 
 from kleash.common.v1 import common_pb2
@@ -23,6 +36,7 @@ from kleash.rpc.requests import Limits
 
 pytestmark = pytest.mark.services
 
+ATTEMPTS = 5
 MEAN, STD = 0.25, 2.0  # of tiny_reward_folder
 QUERIES = [
     "<|user|>What is 3 plus 4?<|assistant|>3 plus 4 is 7.<|end|>",
@@ -41,18 +55,20 @@ def port(tiny_reward_folder: Path) -> Iterator[HttpPort]:
 async def fetch_rewards_via_http(
     endpoints: list[str], queries: list[str], prompts: list[str], labels: list[Any]
 ) -> list[dict[str, Any]]:
-    """What SingleTurnAgentExecutor._fetch_rewards_via_http of OpenRLHF does, without its retries:
-    the queries are divided among the servers."""
+    """Replies of the servers, among which the queries are divided."""
     batch_size = (len(queries) + len(endpoints) - 1) // len(endpoints)
     timeout = aiohttp.ClientTimeout(total=180)
 
     async def post(url: str, data: dict[str, Any]) -> dict[str, Any]:
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.post(url, json=data) as response,
-        ):
-            response.raise_for_status()
-            return await response.json()
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(aiohttp.ClientError):
+                async with (
+                    aiohttp.ClientSession(timeout=timeout) as session,
+                    session.post(url, json=data) as response,
+                ):
+                    response.raise_for_status()
+                    return await response.json()
+        raise RuntimeError(f"Request error for {ATTEMPTS} times")
 
     tasks = []
     for index, endpoint in enumerate(endpoints):
@@ -60,6 +76,41 @@ async def fetch_rewards_via_http(
         payload = {"query": queries[part], "prompts": prompts[part], "labels": labels[part]}
         tasks.append(asyncio.create_task(post(endpoint, payload)))
     return await asyncio.gather(*tasks)
+
+
+def reward_of(replies: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is read of the replies for one sample."""
+    info = replies[0]
+    scores = info.get("scores")
+    return {
+        "reward": info.get("rewards"),
+        "scores": info.get("rewards") if scores is None else scores,
+        "extra_logs": info.get("extra_logs") or {},
+    }
+
+
+def tensors_of(response: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a training batch gets of it."""
+    info = {
+        "reward": torch.tensor([response["reward"]]),
+        "score": torch.tensor([response["scores"]]),
+    }
+    for name, value in response["extra_logs"].items():
+        info[name] = torch.tensor([value])
+    return info
+
+
+def ask_as_before(url: str, queries: list[str]) -> torch.Tensor:
+    """Of versions up to 0.8, which have one number of several samples in one call."""
+    response = requests.post(
+        url=url,
+        json={"query": queries, "prompts": queries, "labels": [None] * len(queries)},
+        headers={"Content-Type": "application/json"},
+        timeout=180,
+    )
+    response.raise_for_status()
+    assert "rewards" in response.json()
+    return torch.tensor(response.json().get("rewards"))
 
 
 def ask(port: HttpPort, queries: list[str], *, query: str = "", servers: int = 1) -> Any:
@@ -96,10 +147,26 @@ def test_the_trainer_gets_the_scores_of_its_texts(
 def test_one_text_at_a_time_makes_the_tensors_that_the_trainer_makes(
     port: HttpPort, theirs: list[float]
 ) -> None:
-    """samples_generator.py: torch.tensor([value]) of each."""
-    (reply,) = ask(port, QUERIES[:1])
-    assert torch.tensor([reply["rewards"]]).shape == (1, 1)
-    assert torch.tensor([reply["scores"]]).item() == pytest.approx(theirs[0], abs=1e-5)
+    tensors = tensors_of(reward_of(ask(port, QUERIES[:1])))
+    assert tensors.keys() == {"reward", "score"}
+    assert tensors["reward"].shape == tensors["score"].shape == (1, 1)
+    assert tensors["score"].item() == pytest.approx(theirs[0], abs=1e-5)
+
+
+def test_servers_without_a_query_of_their_own_answer_too(
+    port: HttpPort, theirs: list[float]
+) -> None:
+    """A trainer with two addresses sends one query to the first and none to the second, and has no
+    reward when either fails."""
+    replies = ask(port, QUERIES[:1], servers=2)
+    assert replies[1] == {"rewards": [], "scores": [], "extra_logs": {}}
+    assert reward_of(replies)["scores"] == [pytest.approx(theirs[0], abs=1e-5)]
+
+
+def test_older_versions_get_their_tensor(port: HttpPort, theirs: list[float]) -> None:
+    rewards = ask_as_before(f"http://127.0.0.1:{port.port}/get_reward", QUERIES)
+    assert rewards.dtype == torch.float32
+    np.testing.assert_allclose(rewards.numpy(), theirs, atol=1e-5)
 
 
 def test_the_address_says_what_the_body_cannot(port: HttpPort, theirs: list[float]) -> None:
@@ -107,9 +174,12 @@ def test_the_address_says_what_the_body_cannot(port: HttpPort, theirs: list[floa
     wanted = [(score - MEAN) / STD for score in theirs]
     np.testing.assert_allclose(reply["rewards"], wanted, atol=1e-5)
     long = ["word " * 200]
-    with pytest.raises(aiohttp.ClientResponseError) as caught:
+    refused = {"path": "/get_reward", "status": "400"}
+    before = REGISTRY.get_sample_value("kleash_http_requests_total", refused) or 0.0
+    with pytest.raises(RuntimeError, match="for 5 times"):
         ask(port, long)
-    assert caught.value.status == 400
+    after = REGISTRY.get_sample_value("kleash_http_requests_total", refused) or 0.0
+    assert after - before == ATTEMPTS
     for side in ("left", "right"):
         (reply,) = ask(port, long, query=f"?truncation={side}")
         assert len(reply["rewards"]) == 1

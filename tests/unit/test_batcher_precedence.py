@@ -160,10 +160,10 @@ def test_a_call_that_would_be_late_is_refused_with_a_time_to_retry() -> None:
         batcher._pace.learn(100, 1.0)  # a hundred tokens a second, in batches of one second
         waiting = asyncio.create_task(batcher.submit([(1, 300)]))
         await queued(batcher, 300)
-        with pytest.raises(Overloaded, match=r"about 7\.0 s, as 501 tokens") as caught:
-            await submit(batcher, [(2, 200)], None, left_s=5.0)
+        with pytest.raises(Overloaded, match=r"about 6\.0 s, as 401 tokens") as caught:
+            await submit(batcher, [(2, 100)], None, left_s=5.0)
         assert caught.value.reason == "LATE"
-        assert caught.value.retry_after_s == pytest.approx(3.0, abs=0.2)
+        assert caught.value.retry_after_s == pytest.approx(2.0, abs=0.2)
         patient = asyncio.create_task(submit(batcher, [(3, 200)], None, left_s=10.0))
         await queued(batcher, 500)
         model.gate.set()
@@ -178,6 +178,37 @@ def test_a_call_that_nothing_is_before_is_tried_whatever_the_pace() -> None:
         assert (await submit(batcher, [(2, 200)], None, left_s=5.0)).results == [4]
 
     run(scenario)
+
+
+def test_tiny_calls_without_end_do_not_keep_a_large_one_out() -> None:
+    """With one of them always before it, no batch would ever show what large ones take."""
+
+    async def scenario(model: Model, batcher: Any) -> None:
+        first = await hold(model, batcher)
+        batcher._pace.learn(10, 1.0)  # ten tokens a second, one tiny call at a time
+        tiny = asyncio.create_task(batcher.submit([(1, 10)]))
+        await queued(batcher, 10)
+        large = asyncio.create_task(
+            submit(batcher, [(number, 500) for number in range(2, 12)], None, left_s=60.0)
+        )
+        await queued(batcher, 5010)
+        model.gate.set()
+        await asyncio.gather(first, tiny)
+        assert (await large).results == [2 * number for number in range(2, 12)]
+
+    run(scenario)
+
+
+def test_the_pace_of_large_batches_is_that_of_large_calls() -> None:
+    pace = Pace()
+    assert pace.least_tokens(500, 1000) == 500
+    pace.learn(10, 0.01)
+    assert pace.least_tokens(5, 1000) == 5
+    assert pace.least_tokens(500, 1000) == pytest.approx(10)
+    assert pace.least_tokens(5000, 1000) == pytest.approx(50)
+    pace = Pace()
+    pace.learn(1000, 1.0)
+    assert pace.least_tokens(5000, 1000) == 5000
 
 
 def test_what_cannot_be_done_in_time_any_more_leaves_the_queue() -> None:

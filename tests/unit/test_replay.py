@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from tests.unit.conftest import World
 
+from kleash.base.config import load_config
 from kleash.base.errors import ConfigError
 from kleash.cli.main import main
+from kleash.ppo.config import PPOConfig
 from kleash.ppo.recorded_calls import read_calls
 from kleash.ppo.recorder import Recording, open_recording, recordings_in
 from kleash.ppo.replay import differences, replay
@@ -246,11 +248,52 @@ def test_bad_input_is_named(
     assert "is damaged (state.json is not what was written)" in error(str(recording.path))
     (recording.path / "recording.json").write_text('{"format": 99}')
     assert "format 99" in error(str(recording.path))
+    (recording.path / "recording.json").unlink()
+    run = recording.path.parent.parent / "run" / "recordings"
+    shutil.copytree(recording.path, run / "step-000003")
+    assert "recording.json cannot be read" in error(str(run.parent))
+    assert "--json: " in error(one, f"--json={tmp_path / 'none' / 'found.json'}")
+    assert "device is cuda:63" in error(one, "--device=cuda:63")
 
 
-def test_steps_begin_at_one(world: World, tmp_path: Path) -> None:
+def test_calls_that_cannot_be_read_are_named(recorded: Path, tmp_path: Path) -> None:
+    recording = copy_of(recorded, tmp_path)
+    whole = recording.calls.read_text()
+    recording.calls.write_text(whole[:-20])
+    with pytest.raises(ConfigError, match=r"calls in .*calls\.jsonl cannot be read"):
+        replay(recording)
+
+    def drop_one(call: Any) -> Any:
+        if call.method == "Generate" and call.replica == 0:
+            call.reply.pop()
+        return call
+
+    recording.calls.write_text(whole)
+    rewrite(recording, drop_one)
+    with pytest.raises(ReplayError, match="lacks 1 responses that the step asks for"):
+        replay(recording)
+    recording.calls.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        replay(recording)
+
+
+@pytest.mark.parametrize("written", ["3", "[3]"])
+def test_a_single_step_needs_no_brackets(world: World, tmp_path: Path, written: str) -> None:
+    keys = {"out": tmp_path, "prompts": world.prompts, "model": world.model}
+    flags = [f"--{key}={value}" for key, value in keys.items()]
+    flags += [f"--reward_model={world.reward_model}", f"--record.steps={written}"]
+    assert load_config(PPOConfig, flags).record.steps == (3,)
+
+
+def test_steps_that_would_not_be_recorded_or_not_be_kept_are_refused(
+    world: World, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="the first step is 1"):
         world.config(tmp_path, record={"steps": [0]})
+    with pytest.raises(ValueError, match="names 3 steps, and of them the newest 2 are kept"):
+        world.config(tmp_path, record={"steps": [1, 2, 3, 3], "keep": 2}, total_steps=9)
+    with pytest.raises(ValueError, match="names 3, and the run has 2 total_steps"):
+        world.config(tmp_path, record={"steps": [1, 3]})
 
 
 def test_scores_are_compared_by_value_rank_and_pair() -> None:

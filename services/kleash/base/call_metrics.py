@@ -124,7 +124,8 @@ REQUESTS_REJECTED = QUEUE.counter(
     remedy="`auth`: no credentials, wrong ones, or a caller that may not call; the lines of "
     "`kleash.audit` in the log say who and why, see [security.md](security.md). `queue_full`: more "
     "than `limits.max_queued_tokens` would wait, add replicas. `late`: would not be done by the "
-    "call's deadline, add replicas or allow more time. `quota`: the caller's own, see "
+    "call's deadline, as seen when it came or while it waited; add replicas or allow more time. "
+    "`quota`: the caller's own, see "
     "[security.md](security.md#quotas-and-precedence). `deadline`: passed in the queue. "
     "`too_large`: split the call, or see `limits`. `tokenizer`: the caller's tokenizer is another. "
     "`draining`: the process is stopping.",

@@ -147,9 +147,15 @@ class InputEncoder:
 
 def _rust_tokenizer(tokenizer: Any) -> Any:
     """What encodes beneath a tokenizer, without the padding and truncation of its file; None for
-    one that is written in Python. Around it transformers spends half as much again on a short text.
+    one that is written in Python, or whose class does more to a text than hand it down, as Code
+    Llama's. Around it transformers spends half as much again on a short text.
     """
+    from transformers import PreTrainedTokenizerFast as Plain
+
     if not getattr(tokenizer, "is_fast", False) or tokenizer.split_special_tokens:
+        return None
+    its = type(tokenizer)
+    if its.__call__ is not Plain.__call__ or its._encode_plus is not Plain._encode_plus:
         return None
     rust = tokenizer.backend_tokenizer
     rust.no_padding()

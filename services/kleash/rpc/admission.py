@@ -73,18 +73,20 @@ class Admission:
                 ),
             )
 
-    def check_time(self, call: Call, running_tokens: int) -> None:
+    def check_time(self, call: Call, running_tokens: int, batch_tokens: int) -> None:
         """Raise Overloaded for a call that would not be done by its deadline.
 
         What is before it, the running batch, and the company that it will have in its batches count
-        at the pace of late. A call that nothing is before is always tried: the pace may be that of
-        tiny batches.
+        at the pace of late. The pace may be that of tiny batches, though: the call's own tokens
+        count as if batches of ``batch_tokens``, which it could fill, took as long as those of late,
+        and a call that nothing is before is always tried.
         """
         if call.deadline is None or not (self._waiting or running_tokens):
             return
         tokens = running_tokens + self._waiting.tokens_before(call) + call.tokens_waiting
         call.tokens_before = tokens + WINDOW_BATCHES * self._pace.batch_tokens
-        needed_s = self._pace.wait_s(call.tokens_before, call.priority_s)
+        saved = call.tokens_waiting - self._pace.least_tokens(call.tokens_waiting, batch_tokens)
+        needed_s = self._pace.wait_s(call.tokens_before - saved, call.priority_s)
         left_s = max(call.deadline - time.monotonic(), 0.0)
         if needed_s <= TIME_SHARE * left_s:
             return

@@ -171,7 +171,7 @@ class Batcher(Generic[T, R]):
         To refuse many calls costs little this way, as they need not be tokenized.
         """
         if self._waiting and self._is_accepting:
-            self._admission.check_time(self._call([], isolate=False), self._running_tokens)
+            self._check_time(self._call([], isolate=False))
 
     def _call(self, items: Sequence[T], *, isolate: bool) -> Call:
         its = account()
@@ -184,12 +184,15 @@ class Batcher(Generic[T, R]):
             priority_s=its.priority_s if its is not None else 0.0,
         )
 
+    def _check_time(self, call: Call) -> None:
+        self._admission.check_time(call, self._running_tokens, self._batch_tokens())
+
     def _admit(self, items: Sequence[T], isolate: bool) -> Call:
         if not self._is_accepting:
             raise self._draining()
         its, call = account(), self._call(items, isolate=isolate)
         self._admission.check_size(call, its)
-        self._admission.check_time(call, self._running_tokens)
+        self._check_time(call)
         if its is not None:
             try:
                 its.take(call.tokens_waiting)

@@ -311,17 +311,19 @@ async def _chunks(request: web.BaseRequest) -> AsyncIterator[bytes]:
             reason=UNSUPPORTED_MEDIA_TYPE,
             field="Content-Encoding",
         )
-    if expects_to_be_asked(request):
-        writer: Any = request.writer
-        await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        writer.output_size = 0  # the response has not begun
     try:
+        if expects_to_be_asked(request):
+            writer: Any = request.writer
+            await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            writer.output_size = 0  # the response has not begun
         async for chunk in request.content.iter_any():
             yield chunk
-    except (RequestPayloadError, ConnectionError):
+    except RequestPayloadError:
         raise InvalidRequest(
             "the body ends too early, or its chunks have no lengths.", reason="BAD_BODY"
         ) from None
+    except ConnectionError:
+        raise Cancelled("the caller has left.", reason="CALLER_LEFT") from None
 
 
 def _too_large(what: str, max_bytes: int) -> InvalidRequest:

@@ -68,6 +68,13 @@ class Pace:
         that more tokens count as no more than one of those."""
         return self.seconds(min(tokens, self._batch_tokens))
 
+    def least_tokens(self, tokens: int, batch_tokens: int) -> float:
+        """As how many ``tokens`` may count, should batches of ``batch_tokens`` take no longer than
+        those of late: all of them where batches are that large already."""
+        if not 0 < self._batch_tokens < batch_tokens:
+            return tokens
+        return min(tokens, max(tokens * self._batch_tokens / batch_tokens, self._batch_tokens))
+
     def _expected_s(self, tokens: float, priority_s: float) -> float:
         ahead = sum(
             rate.per_s for priority, rate in self._arrivals.items() if priority > priority_s

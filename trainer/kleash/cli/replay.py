@@ -35,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     flags = parser.parse_args(arguments)
     if flags.reward and flags.reward_model:
         raise ConfigError("--reward and --reward_model both name another reward model; take one.")
+    if flags.json and not flags.json.parent.is_dir():
+        raise ConfigError(f"--json: {flags.json.parent} is no folder; make it, or name another.")
     from kleash.ppo.recorder import open_recording
 
     recording = open_recording(flags.run, flags.step)
@@ -49,7 +51,7 @@ def _run(recording: Recording, flags: argparse.Namespace) -> int:
         f"step {recording.step} of run {recording.described['run_id']}, policy version "
         f"{recording.described['weights_version']}, {len(recording.described['prompts'])} responses"
     )
-    again = replay(recording)
+    again = replay(recording, device=flags.device)
     changed = differences(recording, again)
     models = [
         name for name, digest in recording.described["after"].items() if again.after[name] != digest
@@ -67,7 +69,7 @@ def _run(recording: Recording, flags: argparse.Namespace) -> int:
             "update are those of the run"
         )
     else:
-        for why in different_surroundings(recording):
+        for why in different_surroundings(recording, device=flags.device):
             show(f"  not as it was: {why}")
         show(
             f"replayed: {len(changed)} of {len(again.figures)} figures differ"
@@ -76,13 +78,14 @@ def _run(recording: Recording, flags: argparse.Namespace) -> int:
         _show_figures(changed, ("recorded", "replayed"))
     if flags.reward or flags.reward_model:
         with _other_reward(flags) as reward:
-            other = replay(recording, reward=reward)
+            other = replay(recording, reward=reward, device=flags.device)
         document["other_reward_model"] = _show_other(
             again, other, different(again.figures, other.figures)
         )
     if flags.json:
         flags.json.write_text(
-            json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(_json_value(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            encoding="utf-8",
         )
     return 0 if document["is_identical"] else 1
 
@@ -156,6 +159,17 @@ def _show_figures(changed: Sequence[Difference], names: tuple[str, str]) -> None
         )
 
 
+def _json_value(value: Any) -> Any:
+    """``value`` with "nan", "inf" and "-inf" for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _json_value(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.8g}"
 
@@ -177,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--reward", metavar="HOST:PORT", help="a reward service that scores the responses instead")
     help_ = "a reward model that scores them instead, in this process"
     add("--reward_model", metavar="FOLDER", type=Path, help=help_)
+    help_ = "the torch device to compute on, such as cpu; the run's, without it"
+    add("--device", metavar="NAME", help=help_)
     help_ = "seconds that a call to --reward may take; 120 without it"
     add("--timeout_s", metavar="N", type=float, default=120.0, help=help_)
     add("--json", metavar="FILE", type=Path, help="write what was found, with all responses")

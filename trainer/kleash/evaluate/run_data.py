@@ -92,7 +92,8 @@ def _no_run(path: Path) -> str:
     inside = [child for child in sorted(path.glob("*/")) if (child / "run.json").exists()]
     if inside:
         names = " ".join(str(child) for child in inside[:3])
-        return f"{path} is no run, but holds some; give {names}{' ...' if inside[3:] else ''}."
+        more = f" and {len(inside) - 3} more" if inside[3:] else ""
+        return f"{path} is no run, but holds some; give {names}{more}."
     if (path / "run.json").exists():
         return f"{path} holds a run without a single step or evaluation yet; wait for its first."
     return (

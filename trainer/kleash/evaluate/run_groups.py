@@ -17,7 +17,8 @@ from kleash.sinks.sink import flattened
 UNRELATED = (
     "seed", "out", "run_id", "resume", "server", "sinks", "samples", "checkpoint", "num_threads",
     "publish", "services.policy", "services.reward", "services.reference", "services.discovery",
-    "services.wait_s", "services.generate_timeout_s", "services.score_timeout_s", "tracing", "record",
+    "services.wait_s", "services.generate_timeout_s", "services.score_timeout_s", "tracing",
+    "record",
 )  # fmt: skip
 """Keys and sections of the configuration that say where a run computes and what it keeps, not what:
 runs that differ in these alone are of one group."""

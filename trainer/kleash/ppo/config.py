@@ -348,6 +348,10 @@ class PPOConfig(Config):
                 f"value.warmup_steps {self.value.warmup_steps} leaves none of the "
                 f"{self.total_steps} total_steps to PPO"
             )
+        if (last := max(self.record.steps, default=0)) > self.total_steps:
+            raise ValueError(
+                f"record.steps names {last}, and the run has {self.total_steps} total_steps"
+            )
         num_replicas, quorum = len(self.services.policy), self.publish.quorum
         if quorum is not None and not self.services.is_elastic and quorum > num_replicas:
             raise ValueError(

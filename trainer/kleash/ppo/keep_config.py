@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import pydantic
 
@@ -34,7 +34,7 @@ class RecordConfig(Config):
     """
 
     steps: tuple[int, ...] = ()
-    """These steps."""
+    """These steps; a single one as a number, too."""
     every: int | None = pydantic.Field(default=None, ge=1)
     """And each step that is a multiple of it."""
     keep: int = pydantic.Field(default=4, ge=1)
@@ -49,8 +49,18 @@ class RecordConfig(Config):
         """Whether ``step`` is to be recorded."""
         return step in self.steps or (self.every is not None and step % self.every == 0)
 
+    @pydantic.field_validator("steps", mode="before")
+    @classmethod
+    def _one_step(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
     @pydantic.model_validator(mode="after")
     def _check_steps(self) -> Self:
         if wrong := [step for step in self.steps if step < 1]:
             raise ValueError(f"steps names {wrong[0]}; the first step is 1")
+        if (num_steps := len(set(self.steps))) > self.keep:
+            raise ValueError(
+                f"steps names {num_steps} steps, and of them the newest {self.keep} are kept; "
+                "raise keep"
+            )
         return self

@@ -17,6 +17,7 @@ import numpy as np
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message import Message
 
+from kleash.base.errors import ConfigError
 from kleash.client.reward import Score
 from kleash.client.types import GeneratedSequence, Prompt, Sampling, Tokens, VersionSpan
 
@@ -48,9 +49,15 @@ class Call:
 
 
 def read_calls(path: Path) -> list[Call]:
-    """The calls of a file, in the order in which they ended."""
-    with path.open(encoding="utf-8") as file:
-        return [Call(**json.loads(line)) for line in file]
+    """The calls of a file, in the order in which they ended. Raises ConfigError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [Call(**json.loads(line)) for line in file]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"the calls in {path} cannot be read ({error}); bring the file back, or take another "
+            "recording."
+        ) from None
 
 
 def key_of(request: dict[str, Any]) -> str:

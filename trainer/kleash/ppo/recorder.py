@@ -7,12 +7,13 @@
                             the models after its update
 
 A recording is written into a hidden folder and renamed when the update is done: one that is there
-is complete.
+is complete. One that cannot be written is told in the log; the run goes on.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from kleash.ppo.keep_config import RecordConfig
 from kleash.ppo.learner import Learner
 from kleash.ppo.recording_services import CallLog, record_services
 from kleash.ppo.services import Services
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -67,44 +70,65 @@ class Recorder:
         self.discard()
         if not self._config.chooses(step):
             return
-        self._partial = self._folder / f".step-{step:06d}.partial"
-        self._partial.mkdir(parents=True)
-        before = save_before(self._partial / "before")
+        partial = self._folder / f".step-{step:06d}.partial"
+        try:
+            partial.mkdir(parents=True)
+            before = save_before(partial / "before")
+        except Exception as error:  # safetensors and tokenizers tell of a full disk by their own
+            self._give_up(step, error)
+            return
+        self._partial = partial
         self._described = {
             "format": FORMAT,
             "step": step,
             **described,
-            "before": str(before.relative_to(self._partial)),
+            "before": str(before.relative_to(partial)),
             "prompts": [_prompt_to_json(prompt) for prompt in prompts],
         }
-        self._log.open(self._partial / "calls.jsonl")
+        self._log.open(partial / "calls.jsonl")
 
     def finish(self, figures: Mapping[str, float], learner: Learner) -> None:
         """The update of the step is done: these are its figures."""
         if self._partial is None:
             return
         self._log.close()
-        described = self._described | {
-            "figures": dict(figures),
-            "after": digests_of(learner),
-        }
+        described = self._described | {"figures": dict(figures), "after": digests_of(learner)}
+        try:
+            if self._log.failure is not None:
+                raise self._log.failure
+            self._complete(self._partial, described)
+        except OSError as error:
+            self._give_up(described["step"], error)
+        self._partial = None
+
+    def _complete(self, partial: Path, described: Mapping[str, Any]) -> None:
         text = json.dumps(described, indent=1, ensure_ascii=False)
-        (self._partial / "recording.json").write_text(text + "\n", encoding="utf-8")
-        flush_tree(self._partial)
+        (partial / "recording.json").write_text(text + "\n", encoding="utf-8")
+        flush_tree(partial)
         target = self._folder / f"step-{described['step']:06d}"
         shutil.rmtree(target, ignore_errors=True)
-        self._partial.rename(target)
+        partial.rename(target)
         flush_folder(self._folder)
-        self._partial = None
         for old in recordings_in(self._folder)[: -self._config.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        self.discard()
+        logger.warning(
+            "step %d is not recorded: %s; the run goes on. Make room in %s, or raise record.every "
+            "or lower record.keep.",
+            step,
+            str(error).rstrip(".") or type(error).__name__,
+            self._folder,
+            extra={"event": "RecordingFailed"},
+        )
 
     def discard(self) -> None:
         """Forget the step that was begun, and what a killed trainer left."""
         self._log.close()
         self._partial = None
         for cut_off in self._folder.glob(".step-*.partial"):
-            shutil.rmtree(cut_off)
+            shutil.rmtree(cut_off, ignore_errors=True)
 
 
 def recordings_in(folder: Path) -> list[Path]:
@@ -155,8 +179,11 @@ def open_recording(path: Path, step: int | None = None) -> Recording:
     try:
         described = json.loads((path / "recording.json").read_text(encoding="utf-8"))
         written_as = described["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path / 'recording.json'} cannot be read: {error!r}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path / 'recording.json'} cannot be read ({error!r}); bring the file back, or take "
+            "another recording."
+        ) from None
     if written_as != FORMAT:
         raise ConfigError(
             f"{path} was recorded in format {written_as}, and this software reads {FORMAT}; replay "

@@ -4,7 +4,7 @@
                       │ while a step is recorded
                       └──► CallLog
 
-A call that ends outside of a recorded step is passed on and forgotten.
+A call outside of a recorded step is passed on, and one that ends after it forgotten.
 """
 
 from __future__ import annotations
@@ -29,25 +29,41 @@ from kleash.rpc.errors import ServiceError
 
 
 class CallLog:
-    """The file that calls go to, while there is one. Its methods may be called from any thread."""
+    """The file that calls go to, while there is one. Its methods may be called from any thread.
+
+    None of them raises for the file's sake: ``failure`` says what went wrong with it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._file: TextIO | None = None
         self._began = 0.0
+        self.failure: OSError | None = None
+        """Why calls are missing in the file; None when none are."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls go to a file now."""
+        return self._file is not None
 
     def open(self, path: Path) -> None:
         """From now on calls go to ``path``."""
         with self._lock:
-            self._file = path.open("w", encoding="utf-8")
-            self._began = time.monotonic()
+            self.failure, self._began = None, time.monotonic()
+            try:
+                self._file = path.open("w", encoding="utf-8")
+            except OSError as error:
+                self.failure = error
 
     def close(self) -> None:
         """From now on calls go nowhere."""
         with self._lock:
-            if self._file is not None:
-                self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            if file is not None:
+                try:
+                    file.close()
+                except OSError as error:  # of what waited to be written
+                    self.failure = error
 
     def now_s(self) -> float:
         """Seconds since the step began."""
@@ -76,8 +92,11 @@ class CallLog:
             replica=replica,
         )
         with self._lock:
-            if self._file is not None:
-                self._file.write(call.to_line())
+            if self._file is not None and self.failure is None:
+                try:
+                    self._file.write(call.to_line())
+                except OSError as failure:
+                    self.failure = failure
 
 
 def record_services(services: Services, log: CallLog) -> Services:
@@ -98,7 +117,8 @@ class RecordingPolicies(Mapping[int, Policy]):
         self._log = log
 
     def __getitem__(self, replica: int) -> Policy:
-        return RecordingPolicy(self._policies[replica], replica, self._log)
+        policy = self._policies[replica]
+        return RecordingPolicy(policy, replica, self._log) if self._log.is_open else policy
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._policies)
@@ -178,6 +198,8 @@ class RecordingReward:
     def get_model(self) -> reward_pb2.GetModelResponse:
         """What is served."""
         log, began_s, request = self._log, self._log.now_s(), {"revision": self._revision}
+        if not log.is_open:
+            return self._reward.get_model()
         try:
             reply = self._reward.get_model()
         except BaseException as error:
@@ -201,6 +223,8 @@ class RecordingReward:
             "normalize": normalize,
             "isolate": isolate,
         }
+        if not log.is_open:
+            return self._reward.score_tokens(sequences, **options)
         request = calls.score_request(sequences, revision=self._revision, **options)
         try:
             reply = self._reward.score_tokens(sequences, **options)
@@ -221,6 +245,8 @@ class RecordingReference:
     def get_model(self) -> reference_pb2.GetModelResponse:
         """What is served."""
         log, began_s = self._log, self._log.now_s()
+        if not log.is_open:
+            return self._reference.get_model()
         try:
             reply = self._reference.get_model()
         except BaseException as error:
@@ -244,6 +270,8 @@ class RecordingReference:
             "tokenizer_sha256": tokenizer_sha256,
             "isolate": isolate,
         }
+        if not log.is_open:
+            return self._reference.log_probs(sequences, **options)
         request = calls.log_probs_request(sequences, **options)
         try:
             reply = self._reference.log_probs(sequences, **options)

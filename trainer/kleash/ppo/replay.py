@@ -9,8 +9,10 @@ threads, every figure and both models are the same, bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kleash.base.config import parse_tree
@@ -54,17 +56,20 @@ class Difference:
     replayed: float | None
 
 
-def replay(recording: Recording, *, reward: Reward | None = None) -> Replay:
+def replay(
+    recording: Recording, *, reward: Reward | None = None, device: str | None = None
+) -> Replay:
     """Do the step again; ``reward`` scores the recorded responses in place of what did.
 
-    Raises ConfigError for a recording that is damaged or was made with another configuration, and
-    what ``reward`` raises.
+    Raises ConfigError for a recording that is damaged or was made with another configuration or on
+    a device that this machine lacks, and what ``reward`` raises.
     """
     saved = checkpoints.load(recording.before)
     # The checkpoint holds the policy and its tokenizer; the folder that the run began with may be
     # gone. The reward model's is needed where the value network has its shape.
-    config = _config(saved)
+    config = _config(saved, device)
     config = config.model_copy(update={"model": saved.path / "policy", "chat_template": None})
+    _check_what_is_needed(config)
     tokenizer = load_tokenizer(config.model)
     learner = make_learner(
         config, None, _pretraining(config, tokenizer, saved), saved, saved.digests
@@ -111,14 +116,20 @@ def different(old: Mapping[str, float], new: Mapping[str, float]) -> list[Differ
     return [
         Difference(name, old.get(name), new.get(name))
         for name in names
-        if old.get(name) != new.get(name)
+        if not _is_same(old.get(name), new.get(name))
     ]
 
 
-def different_surroundings(recording: Recording) -> list[str]:
+def _is_same(one: float | None, two: float | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return one == two or (math.isnan(one) and math.isnan(two))
+
+
+def different_surroundings(recording: Recording, *, device: str | None = None) -> list[str]:
     """What is not as it was when the step was recorded and may change the last bits."""
     then = recording.described["environment"]
-    config = _config(checkpoints.load(recording.before))
+    config = _config(checkpoints.load(recording.before), device)
     now = describe_start(config, from_step=0, seen_step=0, digests={}, lineage={})
     found = []
     for part, names in (
@@ -133,8 +144,20 @@ def different_surroundings(recording: Recording) -> list[str]:
     return found
 
 
-def _config(saved: Checkpoint) -> PPOConfig:
-    return parse_tree(PPOConfig, saved.config, place=str(saved.path / "config.json"))
+def _config(saved: Checkpoint, device: str | None) -> PPOConfig:
+    """The run's; on ``device``, where it is given."""
+    config = parse_tree(PPOConfig, saved.config, place=str(saved.path / "config.json"))
+    return config.model_copy(update={"device": device}) if device else config
+
+
+def _check_what_is_needed(config: PPOConfig) -> None:
+    folder = Path(config.reward_model or "").resolve()
+    if config.value.init == "reward_model" and not folder.is_dir():
+        raise ConfigError(
+            f"the value network has the shape of the run's reward model, and its folder {folder} "
+            "is not there; bring it back, or replay the step where the run was started, if its "
+            "path is a relative one."
+        )
 
 
 def _revision_of(reward: Reward, config: PPOConfig, tokenizer_sha256: str) -> str:

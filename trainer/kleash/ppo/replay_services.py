@@ -15,9 +15,11 @@ from kleash.client.types import GeneratedSequence, Prompt, Sampling, Tokens
 from kleash.policy.v1 import policy_pb2
 from kleash.ppo import recorded_calls as calls
 from kleash.ppo.recorded_calls import Call, key_of
+from kleash.ppo.pinning import REVISION_NOT_SERVED
 from kleash.ppo.services import Services
 from kleash.reference.v1 import reference_pb2
 from kleash.reward.v1 import reward_pb2
+from kleash.rpc.errors import NotFound
 
 
 class ReplayError(ConfigError):
@@ -31,14 +33,26 @@ class Replies:
         self._name = f"{service} {method}"
         self._lock = threading.Lock()
         self._replies: dict[str, list[Any]] = defaultdict(list)
+        self._not_served: dict[str, str] = {}
         for call in recorded:
-            if (call.service, call.method) == (service, method) and call.error is None:
+            if (call.service, call.method) != (service, method):
+                continue
+            if call.error is None:
                 self._replies[key_of(call.request)].append(call.reply)
+            elif call.error["reason"] == REVISION_NOT_SERVED:
+                self._not_served[key_of(call.request)] = call.error["message"]
 
     def to(self, request: dict[str, Any]) -> Any:
-        """The next reply to an equal request. Raises ReplayError."""
+        """The next reply to an equal request.
+
+        Raises NotFound where no server had the revision any more: the step then went on with
+        another one. Raises ReplayError for a request that was not made.
+        """
+        key = key_of(request)
         with self._lock:
-            replies = self._replies.get(key_of(request))
+            replies = self._replies.get(key)
+            if not replies and key in self._not_served:
+                raise NotFound(self._not_served[key], reason=REVISION_NOT_SERVED)
             if not replies:
                 raise ReplayError(
                     f"the recording has no reply to a {self._name} that the step asks for now: it "
@@ -50,16 +64,27 @@ class Replies:
 
 def replay_services(recorded: Sequence[Call]) -> Services:
     """Services that know no more than these calls; nothing can be published to them."""
-    replicas = sorted({call.replica for call in recorded if call.replica is not None})
     policy = ReplayPolicy(recorded)
     return Services(
-        policies=dict.fromkeys(replicas, policy),
+        policies=dict.fromkeys(range(_num_shares(recorded)), policy),
         weights={},
         reward=ReplayReward(
             Replies(recorded, "reward", "GetModel"), Replies(recorded, "reward", "Score")
         ),
         reference=ReplayReference(recorded),
     )
+
+
+def _num_shares(recorded: Iterable[Call]) -> int:
+    """Into which the batch was split. Who was asked for a share does not tell: a replica may have
+    left before, and another one have taken it over. What is asked for again is part of a share.
+    """
+    asked = {
+        frozenset(prompt["prompt_id"] for prompt in call.request["prompts"])
+        for call in recorded
+        if call.method == "Generate"
+    }
+    return sum(not any(each < other for other in asked) for each in asked)
 
 
 class ReplayPolicy:
@@ -107,6 +132,12 @@ class ReplayPolicy:
             for prompt in prompts
             for index in range(prompt.num_samples)
         }
+        if missing := wanted - self._rows.keys():
+            prompt_id, sample = min(missing)
+            raise ReplayError(
+                f"the recording lacks {len(missing)} responses that the step asks for, such as "
+                f"{sample} of prompt {prompt_id!r}; its calls.jsonl is not what was written."
+            )
         for key, row in self._rows.items():
             if key in wanted:
                 yield calls.generated_from_json(row)

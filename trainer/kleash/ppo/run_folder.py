@@ -7,6 +7,7 @@ OUT/recordings/     steps with all requests and replies, see record.*
 OUT/weights/        versions of the policy that were published, for replicas that fall behind
 OUT/metrics.jsonl   a line a step and a line an evaluation
 OUT/samples.jsonl   a line a response that was kept to be read
+OUT/traces/         spans of the steps that were traced
 OUT/trainer.json    where the newest trainer listens, for whoever is on its machine
 OUT/trainer.lock    held by the living trainer; the kernel lets go of it whatever way that ends
 """
@@ -134,7 +135,8 @@ class RunFolder:
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
         for path in self.recordings.glob("step-[0-9]*"):
-            if int(path.name.removeprefix("step-")) > step:
+            number = path.name.removeprefix("step-")
+            if number.isdigit() and int(number) > step:
                 shutil.rmtree(path)
 
 

@@ -116,7 +116,8 @@ def step_traces(spans: Iterable[RecordedSpan]) -> dict[int, StepTrace]:
 
 def files_of_run(run: Path, more: Sequence[Path] = ()) -> list[Path]:
     """The files of traces in a run's folder, and ``more``. Raises ConfigError without any."""
-    files = [*sorted((run / "traces").glob("*.jsonl")), *more]
+    found = [*sorted((run / "traces").glob("*.jsonl")), *more]
+    files = list({file.resolve(): file for file in found}.values())
     for file in more:
         if not file.is_file():
             raise ConfigError(f"there is no file {file}; name one that the file exporter wrote.")
