@@ -7,23 +7,25 @@ import errno
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from tests.unit.conftest import World
 from tests.unit.reward_fleet import Fleet
 from tests.unit.test_ppo_resume import stop_after
 
 from kleash.base.errors import ConfigError
 from kleash.cli.main import main
-from kleash.ppo import recorder
+from kleash.ppo import checkpoint, recorder, recording_services
 from kleash.ppo.control import Control
 from kleash.ppo.recorded_calls import read_calls
 from kleash.ppo.recorder import open_recording, recordings_in
-from kleash.ppo.replay import different, differences, replay
-from kleash.ppo.services import Services
+from kleash.ppo.recording_services import CallLog
+from kleash.ppo.replay import differences, different, replay
 from kleash.ppo.train import train
 from kleash.rpc.errors import Unavailable
 
@@ -200,15 +202,11 @@ class FullFile:
 
 
 def full_at_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kleash.ppo import checkpoint
-
     save_file, calls = checkpoint.save_file, []
 
     def fails_first(*args: Any, **keywords: Any) -> None:
         calls.append(1)
         if len(calls) == 1:
-            from safetensors import SafetensorError
-
             raise SafetensorError("No space left on device")
         save_file(*args, **keywords)
 
@@ -216,8 +214,6 @@ def full_at_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def full_at_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kleash.ppo.recording_services import CallLog
-
     open_log, opened = CallLog.open, []
 
     def open_full(log: CallLog, path: Path) -> None:
@@ -278,8 +274,6 @@ def test_folders_that_are_no_recordings_are_left_alone(world: World, tmp_path: P
 def test_steps_that_are_not_recorded_cost_nothing(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kleash.ppo import recording_services
-
     begun: list[str] = []
     for name in ("generate_request", "score_request", "log_probs_request"):
         made = getattr(recording_services.calls, name)
@@ -335,17 +329,13 @@ def test_numbers_that_json_has_not_are_words(recorded: Path, tmp_path: Path) -> 
 def test_a_step_of_a_gpu_is_replayed_on_a_cpu_when_told(
     recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
-    from kleash.ppo.checkpoint import _describe
-
     path = tmp_path / "step-000001"
     shutil.copytree(recorded / "recordings" / "step-000001", path)
     recording = open_recording(path)
     config = json.loads((recording.before / "config.json").read_text())
     (recording.before / "config.json").write_text(json.dumps(config | {"device": "cuda:63"}))
     manifest = json.loads((recording.before / "manifest.json").read_text())
-    manifest["files"]["config.json"] = _describe(recording.before / "config.json")
+    manifest["files"]["config.json"] = checkpoint._describe(recording.before / "config.json")
     (recording.before / "manifest.json").write_text(json.dumps(manifest))
     described = json.loads((path / "recording.json").read_text())
     described["environment"]["machine"]["device"] = "cuda:63"

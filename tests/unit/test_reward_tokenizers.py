@@ -101,8 +101,26 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 PARTS = st.one_of(
     st.sampled_from(
-        [*TEXTS, " ", "\n", "<|end|>", "<|user|>", "<L>", "<R>", "fox", "foxes", "HELLO", "Hello"]
-        + ["[CLS]", "[SEP]", "\u212b", "e\u0301", "\ufb01", "\U0001f98a", "\u200d"]
+        [
+            *TEXTS,
+            " ",
+            "\n",
+            "<|end|>",
+            "<|user|>",
+            "<L>",
+            "<R>",
+            "fox",
+            "foxes",
+            "HELLO",
+            "Hello",
+            "[CLS]",
+            "[SEP]",
+            "\u212b",
+            "e\u0301",
+            "\ufb01",
+            "\U0001f98a",
+            "\u200d",
+        ]  # fmt: skip
     ),
     st.text(max_size=8),
 )

@@ -14,8 +14,8 @@ from kleash.client.reward import Score
 from kleash.client.types import GeneratedSequence, Prompt, Sampling, Tokens
 from kleash.policy.v1 import policy_pb2
 from kleash.ppo import recorded_calls as calls
-from kleash.ppo.recorded_calls import Call, key_of
 from kleash.ppo.pinning import REVISION_NOT_SERVED
+from kleash.ppo.recorded_calls import Call, key_of
 from kleash.ppo.services import Services
 from kleash.reference.v1 import reference_pb2
 from kleash.reward.v1 import reward_pb2
