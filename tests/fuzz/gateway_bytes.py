@@ -93,7 +93,7 @@ def one_connection(source: Source, hints: Any) -> Sent:
 
 
 def _request(target: str, body: bytes, headers: Mapping[str, str], *, chunks: bool) -> bytes:
-    lines = [f"POST {target} HTTP/1.1".encode(), b"Host: x"]
+    lines = [f"POST {target} HTTP/1.1".encode(), b"Host: localhost"]
     lines += [f"{name}: {value}".encode("latin-1") for name, value in headers.items()]
     if chunks:
         lines.append(b"Transfer-Encoding: chunked")

@@ -113,7 +113,7 @@ class Target:
 
     async def look(self) -> None:
         """Ask for good values of fields."""
-        raw = b"GET /v1/model HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        raw = b"GET /v1/model HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         sent = Sent([], raw, is_spoiled=False, knows_callers=False)
         received, _ = await self._exchanged(sent, lambda low, _: low)
         _, body = _read(_Received(received), "GET")

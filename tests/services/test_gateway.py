@@ -326,7 +326,7 @@ def test_what_is_no_http_is_answered_in_json(port: HttpPort) -> None:
 @pytest.mark.parametrize("version", [b"0.9", b"2.0"])
 def test_other_versions_of_http_are_answered_in_ours(port: HttpPort, version: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port.port), timeout=WAIT_S) as caller:
-        caller.sendall(b"GET /healthz HTTP/%s\r\nHost: x\r\n\r\n" % version)
+        caller.sendall(b"GET /healthz HTTP/%s\r\nHost: localhost\r\n\r\n" % version)
         response = http.client.HTTPResponse(caller)
         response.begin()
         assert (response.version, response.status) == (11, 400)

@@ -105,7 +105,7 @@ def sent(port: HttpPort, path: str, body: Any, headers: dict[str, str]) -> Itera
         connection.close()
 
 
-@pytest.mark.parametrize("head", [b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow"])
+@pytest.mark.parametrize("head", [b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow"])
 def test_a_caller_that_says_nothing_is_not_kept(head: bytes) -> None:
     with serving_http(Flood(), max_connection_age_s=0.3) as (_, port):
         with socket.create_connection(("127.0.0.1", port.port), timeout=WAIT_S) as caller:
@@ -234,7 +234,7 @@ def test_who_asks_before_it_sends_the_body(version: bytes, status: int, told: by
     path = b"/v1/score" if status == 200 else b"/nothing"
     body = json.dumps(ITEMS).encode()
     head = (
-        b"POST %s HTTP/%s\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST %s HTTP/%s\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (path, version, len(body))
     )
     with (

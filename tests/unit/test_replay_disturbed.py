@@ -31,7 +31,7 @@ from kleash.rpc.errors import Unavailable
 
 pytestmark = pytest.mark.unit
 
-NEW = "sha256:new"
+NEW, NOT_SERVED = "sha256:new", "REVISION_NOT_SERVED"
 
 
 def assert_is_identical(run: Path, step: int) -> None:
@@ -128,6 +128,16 @@ def test_a_step_whose_reward_model_is_given_back_in_its_middle(
     calls = read_calls(open_recording(tmp_path / "run", 1).calls)
     scored = {call.request["revision"] for call in calls if call.method == "Score"}
     assert scored == {old, NEW}
+    assert_is_identical(tmp_path / "run", 1)
+
+    # Of how many groups the old model was asked depends on who was quick; the step does not.
+    recording = open_recording(tmp_path / "run", 1)
+    refused = [call for call in calls if call.error and call.error["reason"] == NOT_SERVED]
+    others = [call for call in calls if call not in refused]
+    recording.calls.write_text("".join(call.to_line() for call in [*others, refused[0]]))
+    assert_is_identical(tmp_path / "run", 1)
+    answered = [call for call in others if call.request.get("revision") != old]
+    recording.calls.write_text("".join(call.to_line() for call in [*answered, refused[0]]))
     assert_is_identical(tmp_path / "run", 1)
 
 

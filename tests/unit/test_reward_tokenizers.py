@@ -99,31 +99,11 @@ KINDS: dict[str, Callable[[], Any]] = {
     "prepares": that_prepares_texts,
     "python": written_in_python,
 }
-PARTS = st.one_of(
-    st.sampled_from(
-        [
-            *TEXTS,
-            " ",
-            "\n",
-            "<|end|>",
-            "<|user|>",
-            "<L>",
-            "<R>",
-            "fox",
-            "foxes",
-            "HELLO",
-            "Hello",
-            "[CLS]",
-            "[SEP]",
-            "\u212b",
-            "e\u0301",
-            "\ufb01",
-            "\U0001f98a",
-            "\u200d",
-        ]  # fmt: skip
-    ),
-    st.text(max_size=8),
-)
+WORDS = (
+    *TEXTS, " ", "\n", "<|end|>", "<|user|>", "<L>", "<R>", "fox", "foxes", "HELLO", "Hello",
+    "[CLS]", "[SEP]", "\u212b", "e\u0301", "\ufb01", "\U0001f98a", "\u200d",
+)  # fmt: skip
+PARTS = st.one_of(st.sampled_from(WORDS), st.text(max_size=8))
 SOME_TEXTS = st.lists(st.lists(PARTS, max_size=6).map("".join), max_size=4)
 
 

@@ -133,14 +133,15 @@ class Gate:
 
 def warn_about_plain_tokens(config: AuthConfig, *, has_tls: bool, host: str) -> None:
     """Say in the log that tokens can be read on the way."""
-    if config.mode in ("token", "service_account") and not has_tls and not _is_loopback(host):
+    if config.mode in ("token", "service_account") and not has_tls and not is_loopback(host):
         logger.warning(
             "callers send their tokens in clear, as server.tls.cert is not set: keep others off "
             "this network, with a NetworkPolicy at least"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, an address or a name, is this machine to itself alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -23,6 +23,7 @@ from aiohttp import web
 
 from kleash.base import metrics
 from kleash.base.errors import UserError
+from kleash.rpc.auth import is_loopback
 from kleash.rpc.errors import InvalidRequest, NotFound, ServiceError, Unavailable
 from kleash.rpc.guard import OTHER, UNKNOWN, Guard, Guards, as_service_error, kind_of
 from kleash.rpc.http_answer import METHOD_NOT_ALLOWED, answer_error, answer_json
@@ -35,6 +36,7 @@ from kleash.rpc.http_calls import (
     peer_of,
 )
 from kleash.rpc.http_connection import IS_SPOKEN, Connection, ConnectionServer, bad_http
+from kleash.rpc.http_host import check_host
 from kleash.rpc.http_json import dump_json
 from kleash.rpc.http_tls import server_context
 from kleash.rpc.late_handlers import LateHandlers
@@ -104,6 +106,7 @@ class Gateway:
         self._sockets = sockets
         self._tls = tls
         self._config = config
+        self._knows_hosts = config.auth.mode == "none" and is_loopback(config.host)
         self._routes = {(route.verb, route.path): route for api in apis for route in api.routes}
         self._open = self._open_paths(apis)
         self._known = {path for _, path in self._routes} | set(self._open)
@@ -224,6 +227,8 @@ class Gateway:
     ) -> web.StreamResponse:
         handler = self._handlers.find(route.service, route.method)
         try:
+            if self._knows_hosts:
+                check_host(request.headers.get("Host", ""), self._config.http_allowed_hosts)
             context = HttpContext(request)
             await self._guards.check_token(route.service, context.invocation_metadata())
         except ServiceError as error:

@@ -72,6 +72,9 @@ class ServerConfig(Config):
     http_allowed_origins: tuple[str, ...] = ()
     """Sites whose pages may call the HTTP port, as browsers name them ("https://app.example"); *
     for all. Empty for none."""
+    http_allowed_hosts: tuple[str, ...] = ()
+    """Names that a Host header may give, beside localhost, where the HTTP port listens on the
+    loopback interface alone and auth.mode is none: those of a proxy on this machine; * for all."""
     max_request_s: float = pydantic.Field(default=600.0, gt=0)
     """Longest time for one call, whatever its deadline."""
     max_message_bytes: int = pydantic.Field(default=64 * 1024 * 1024, ge=1024)
@@ -103,6 +106,8 @@ class ServerConfig(Config):
             )
         if self.http_allowed_origins and not self.http_port:
             raise ValueError("http_allowed_origins has no effect without http_port")
+        if self.http_allowed_hosts and not self.http_port:
+            raise ValueError("http_allowed_hosts has no effect without http_port")
         return self
 
 

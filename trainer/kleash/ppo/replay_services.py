@@ -40,19 +40,20 @@ class Replies:
             if call.error is None:
                 self._replies[key_of(call.request)].append(call.reply)
             elif call.error["reason"] == REVISION_NOT_SERVED:
-                self._not_served[key_of(call.request)] = call.error["message"]
+                self._not_served[call.request["revision"]] = call.error["message"]
 
     def to(self, request: dict[str, Any]) -> Any:
         """The next reply to an equal request.
 
-        Raises NotFound where no server had the revision any more: the step then went on with
-        another one. Raises ReplayError for a request that was not made.
+        Raises NotFound where the request names a revision that servers did not have any more: the
+        step then went on with another one, and which groups still met that is a matter of time.
+        Raises ReplayError for any other request that was not made.
         """
-        key = key_of(request)
         with self._lock:
-            replies = self._replies.get(key)
-            if not replies and key in self._not_served:
-                raise NotFound(self._not_served[key], reason=REVISION_NOT_SERVED)
+            replies = self._replies.get(key_of(request))
+            refusal = self._not_served.get(request.get("revision", ""))
+            if not replies and refusal is not None:
+                raise NotFound(refusal, reason=REVISION_NOT_SERVED)
             if not replies:
                 raise ReplayError(
                     f"the recording has no reply to a {self._name} that the step asks for now: it "
