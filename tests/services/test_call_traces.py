@@ -26,8 +26,9 @@ from kleash.client.policy import PolicyClient
 from kleash.client.types import Prompt, Sampling
 from kleash.policy.config import PolicyConfig
 from kleash.policy.service import PolicyService
+from kleash.rpc.background import background_loop
 from kleash.rpc.call_spans import client_call
-from kleash.rpc.server import BackgroundServer, _background_loop
+from kleash.rpc.server import BackgroundServer
 from kleash.traces.read import CLIENT, SERVER, RecordedSpan
 
 pytestmark = pytest.mark.services
@@ -59,7 +60,7 @@ def step() -> Any:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """In the event loop of the servers: gRPC wants one a process."""
-    return asyncio.run_coroutine_threadsafe(work, _background_loop()).result(60)
+    return asyncio.run_coroutine_threadsafe(work, background_loop()).result(60)
 
 
 def sides(its: Recording, method: str) -> tuple[RecordedSpan, RecordedSpan]:

@@ -21,8 +21,8 @@ from tests.services.scripted_reward import SERVICE, ScriptedReward, serving
 from kleash.base.errors import ConfigError
 from kleash.client import AsyncRewardClient, Credentials, RewardClient
 from kleash.reward.v1 import reward_pb2
+from kleash.rpc.background import background_loop
 from kleash.rpc.errors import NotFound, Overloaded, ServiceError
-from kleash.rpc.server import _background_loop
 
 pytestmark = pytest.mark.services
 
@@ -32,7 +32,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """In the event loop of the servers: gRPC wants one a process."""
-    return asyncio.run_coroutine_threadsafe(work, _background_loop()).result(60)
+    return asyncio.run_coroutine_threadsafe(work, background_loop()).result(60)
 
 
 @pytest.fixture(autouse=True)

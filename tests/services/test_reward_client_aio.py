@@ -29,7 +29,8 @@ from kleash.reward.config import RewardConfig
 from kleash.reward.service import RewardService
 from kleash.reward.v1 import reward_pb2
 from kleash.rpc import reloading
-from kleash.rpc.server import BackgroundServer, ServerConfig, _background_loop
+from kleash.rpc.background import background_loop
+from kleash.rpc.server import BackgroundServer, ServerConfig
 from kleash.rpc.static_tokens import make_token
 
 pytestmark = pytest.mark.services
@@ -40,7 +41,7 @@ CALL_S = 20.0
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """In the event loop of the servers: gRPC wants one a process."""
-    return asyncio.run_coroutine_threadsafe(work, _background_loop()).result(60)
+    return asyncio.run_coroutine_threadsafe(work, background_loop()).result(60)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from kleash.base.config import Config
 from kleash.base.ending import end_at_once
 from kleash.rpc.audit import AuditMode, Audits
 from kleash.rpc.auth import AuthConfig, Gate, warn_about_plain_tokens
+from kleash.rpc.background import background_loop, in_thread
 from kleash.rpc.guard import Guards
 from kleash.rpc.health import HEALTH_SERVICE, HealthBoard
 from kleash.rpc.interceptors import CallInterceptor
@@ -159,7 +160,7 @@ class BackgroundServer:
                     raise
                 ready.set_exception(error)
 
-        self._loop = _background_loop()
+        self._loop = background_loop()
         self._done = asyncio.run_coroutine_threadsafe(run(), self._loop)
         self.port = ready.result()
         return self
@@ -274,7 +275,7 @@ class _Host:
         """Load and start every service; False when told to stop before the end."""
         for service in self._services:
             began = time.monotonic()
-            loading = _in_thread(service.load)
+            loading = in_thread(service.load)
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
@@ -362,43 +363,3 @@ def _server_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_connection_age_ms", age_ms),
         ("grpc.max_connection_age_grace_ms", round(config.max_request_s * 1e3)),
     ]
-
-
-def _in_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
-    """Run ``function`` in a daemon thread: a load that hangs must not keep the process alive."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def finish(result: Any, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    def work() -> None:
-        result, failure = None, None
-        try:
-            result = function()
-        except BaseException as error:
-            failure = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(finish, result, failure)
-
-    threading.Thread(target=work, name="kleash-load", daemon=True).start()
-    return future
-
-
-_loop_lock = threading.Lock()
-_loop: asyncio.AbstractEventLoop | None = None
-
-
-def _background_loop() -> asyncio.AbstractEventLoop:
-    """The event loop of every BackgroundServer, started at the first."""
-    global _loop  # noqa: PLW0603
-    with _loop_lock:
-        if _loop is None:
-            _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="kleash-servers", daemon=True).start()
-        return _loop
