@@ -1,4 +1,4 @@
-"""Work in threads: a function in one of its own, and the event loop of servers in the background."""
+"""Work in threads: a function in its own, and the event loop of servers in the background."""
 
 from __future__ import annotations
 
