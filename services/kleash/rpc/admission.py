@@ -83,11 +83,13 @@ class Admission:
         """
         if call.deadline is None or not (self._waiting or running_tokens):
             return
+        now = time.monotonic()
+        self._pace.look(now)
         tokens = running_tokens + self._waiting.tokens_before(call) + call.tokens_waiting
         call.tokens_before = tokens + WINDOW_BATCHES * self._pace.batch_tokens
         saved = call.tokens_waiting - self._pace.least_tokens(call.tokens_waiting, batch_tokens)
         needed_s = self._pace.wait_s(call.tokens_before - saved, call.priority_s)
-        left_s = max(call.deadline - time.monotonic(), 0.0)
+        left_s = max(call.deadline - now, 0.0)
         if needed_s <= TIME_SHARE * left_s:
             return
         raise self.reject(

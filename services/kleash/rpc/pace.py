@@ -52,8 +52,12 @@ class Pace:
         """A call of ``tokens`` was let in at ``now``, a time in seconds that never goes back."""
         if priority_s not in self._arrivals:
             self._arrivals[priority_s] = _Rate(now)
-        for priority, rate in self._arrivals.items():
-            rate.add(tokens if priority == priority_s else 0, now)
+        self._arrivals[priority_s].add(tokens, now)
+
+    def look(self, now: float) -> None:
+        """What has come counts less by now."""
+        for rate in self._arrivals.values():
+            rate.add(0, now)
 
     def learn_wait(self, tokens: float, priority_s: float, waited_s: float) -> None:
         """A call that ``tokens`` were to be computed before has waited so long, or longer."""

@@ -33,6 +33,16 @@ def wants_help(arguments: Sequence[str]) -> bool:
     return any(argument in ("-h", "--help") for argument in arguments)
 
 
+def parse_or_help(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> argparse.Namespace | None:
+    """The flags, or None after showing the help."""
+    if wants_help(arguments):
+        show(parser.format_help().rstrip())
+        return None
+    return parser.parse_args(arguments)
+
+
 def run_action(
     command: str,
     actions: Mapping[str, Action],
@@ -44,11 +54,8 @@ def run_action(
     """Do what the first argument names, or show what there is. Returns the exit status."""
     name = arguments[0] if arguments else ""
     if name in actions:
-        parser = parser_of(name)
-        if wants_help(arguments):
-            show(parser.format_help().rstrip())
-        else:
-            actions[name].function(parser.parse_args(arguments[1:]))
+        if (flags := parse_or_help(parser_of(name), arguments[1:])) is not None:
+            actions[name].function(flags)
         return 0
     if wants_help(arguments):
         show(help_text())

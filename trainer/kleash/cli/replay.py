@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kleash.base.errors import ConfigError
-from kleash.cli.flags import Parser, wants_help
+from kleash.cli.flags import Parser, parse_or_help
 from kleash.cli.options import limit_threads
 from kleash.cli.output import show
 
@@ -28,11 +28,9 @@ MOST_LETTERS = 160
 
 def run(arguments: Sequence[str]) -> int:
     """Replay a step. The status is 1 when its figures are not those that were recorded."""
-    parser = _parser()
-    if wants_help(arguments):
-        show(parser.format_help().rstrip())
+    flags = parse_or_help(_parser(), arguments)
+    if flags is None:
         return 0
-    flags = parser.parse_args(arguments)
     if flags.reward and flags.reward_model:
         raise ConfigError("--reward and --reward_model both name another reward model; take one.")
     if flags.json and not flags.json.parent.is_dir():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kleash.base.errors import ConfigError
-from kleash.cli.flags import Parser, wants_help
+from kleash.cli.flags import Parser, parse_or_help
 from kleash.cli.output import show
 
 MOST_SAMPLES = 1000
@@ -15,11 +15,9 @@ MOST_SAMPLES = 1000
 
 def run(arguments: Sequence[str]) -> int:
     """Read the runs and write the page."""
-    parser = _parser()
-    if wants_help(arguments):
-        show(parser.format_help().rstrip())
+    flags = parse_or_help(_parser(), arguments)
+    if flags is None:
         return 0
-    flags = parser.parse_args(arguments)
     if not 0 <= flags.samples <= MOST_SAMPLES:
         raise ConfigError(f"--samples={flags.samples} is not between 0 and {MOST_SAMPLES}.")
     from kleash.evaluate.run_data import read_runs

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from kleash.base.errors import ConfigError
-from kleash.cli.flags import Parser, wants_help
+from kleash.cli.flags import Parser, parse_or_help
 from kleash.cli.output import show
 from kleash.rpc.static_tokens import make_token
 
@@ -17,11 +17,9 @@ MAX_DAYS = 36500
 
 def run(arguments: Sequence[str]) -> int:
     """Make a token and the line that servers know it by."""
-    parser = _parser()
-    if wants_help(arguments):
-        show(parser.format_help().rstrip())
+    flags = parse_or_help(_parser(), arguments)
+    if flags is None:
         return 0
-    flags = parser.parse_args(arguments)
     until = None
     if flags.days is not None:
         if not 0 < flags.days <= MAX_DAYS:

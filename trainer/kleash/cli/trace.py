@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kleash.base.errors import ConfigError
-from kleash.cli.flags import Parser, wants_help
+from kleash.cli.flags import Parser, parse_or_help
 from kleash.cli.output import show
 
 if TYPE_CHECKING:
@@ -21,11 +21,9 @@ VIEWER = "https://ui.perfetto.dev"
 
 def run(arguments: Sequence[str]) -> int:
     """Read the spans, write the timeline, print the sums."""
-    parser = _parser()
-    if wants_help(arguments):
-        show(parser.format_help().rstrip())
+    flags = parse_or_help(_parser(), arguments)
+    if flags is None:
         return 0
-    flags = parser.parse_args(arguments)
     from kleash.traces.chrome import chrome_trace
     from kleash.traces.read import files_of_run, read_spans, step_traces
 

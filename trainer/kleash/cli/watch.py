@@ -14,7 +14,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from kleash.base.errors import ConfigError, KleashError
-from kleash.cli.flags import Parser, wants_help
+from kleash.cli.flags import Parser, parse_or_help
 from kleash.cli.output import show
 from kleash.cli.trainer_target import HELP, Target, check_run, connected, find_trainer
 from kleash.cli.watch_feed import Back, Lost, News, StartedAgain, follow
@@ -28,11 +28,9 @@ FAILED = 1
 
 def run(arguments: Sequence[str]) -> int:
     """Watch until the run is over, or the reader leaves. Returns 1 for a run that has failed."""
-    parser = _parser()
-    if wants_help(arguments):
-        show(parser.format_help().rstrip())
+    flags = parse_or_help(_parser(), arguments)
+    if flags is None:
         return 0
-    flags = parser.parse_args(arguments)
     if flags.wait_s < 0:
         raise ConfigError(f"--wait_s={flags.wait_s:g} is below 0.")
     target = find_trainer(flags.target)
