@@ -20,7 +20,9 @@ from kleash.rpc.http_json import write_message
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT: dict[str, Any] = json.loads(API.openapi.read_text(encoding="utf-8"))
+assert API.openapi is not None
+TEXT = API.openapi.read_text(encoding="utf-8")
+DOCUMENT: dict[str, Any] = json.loads(TEXT)
 
 
 def test_the_file_is_fresh() -> None:
@@ -30,7 +32,7 @@ def test_the_file_is_fresh() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     stale = "services/kleash/reward/openapi.json is stale: run make openapi"
-    assert module.build() == API.openapi.read_text(encoding="utf-8"), stale
+    assert module.build() == TEXT, stale
 
 
 def test_every_path_field_and_message_is_explained() -> None:
