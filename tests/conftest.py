@@ -13,6 +13,7 @@ import torch
 from kleash.lm.heads import Normalization, reward_model_from_causal_lm
 from kleash.lm.load import load_tokenizer, save_checkpoint_folder
 from kleash.lm.tiny import Kind, write_tiny_folder
+from kleash.rpc import client_metrics
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -38,6 +39,12 @@ def _no_log_handler_stays() -> Iterator[None]:
     for handler in set(logging.root.handlers) - set(before):
         if type(handler) is logging.StreamHandler:
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _client_metrics_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer turns them on for its process, and the next test has the same one."""
+    monkeypatch.setattr(client_metrics, "_is_enabled", False)
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ SILENT_S = 0.2
 ANSWER_S = 120.0
 GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 HEAD = re.compile(rb"HTTP/1\.[01] [2-5]\d\d ")
-SPOILED_ALLOWED = gateway.ALLOWED | {204, 405}
+SPOILED_ALLOWED = gateway.ALLOWED | {204, 403, 405}
 """A changed byte may be that of a verb."""
 
 

@@ -91,6 +91,17 @@ def replica(folders: dict[str, Path]) -> Iterator[Replica]:
         yield replica
 
 
+def at_step(control: Control, orders: dict[int, Callable[[], None]]) -> None:
+    """Give each order once, when the run has done so many steps."""
+
+    def steer() -> None:
+        order = orders.pop(control.snapshot.step, None)
+        if order is not None:
+            order()
+
+    control.add_listener(steer)
+
+
 @contextlib.contextmanager
 def services_of(world: World, address: str) -> Iterator[Services]:  # noqa: F811
     with RewardClient(address) as reward:
@@ -111,7 +122,7 @@ def four_steps(world: World, replica: Replica, out: Path, **services: Any) -> PP
 def after(step: int, action: Callable[[], None]) -> Control:
     """Once a step is done."""
     control = Control()
-    control.add_listener(lambda: action() if control.snapshot.step == step else None)
+    at_step(control, {step: action})
     return control
 
 
@@ -154,13 +165,7 @@ def test_a_run_that_refuses_goes_on_until_its_model_is_given_back(
     """LoadModel after step 1, UnloadRevision after step 3."""
     out, control = tmp_path / "run", Control()
 
-    def steer() -> None:
-        if control.snapshot.step == 1:
-            replica.load("similar")
-        if control.snapshot.step == 3:
-            replica.unload("first")
-
-    control.add_listener(steer)
+    at_step(control, {1: lambda: replica.load("similar"), 3: lambda: replica.unload("first")})
     config = four_steps(world, replica, out)
     with services_of(world, replica.address) as services:
         with pytest.raises(RewardModelError, match=r"and no longer sha256:.*=adopt"):
@@ -219,14 +224,11 @@ def test_two_replicas_are_switched_one_after_the_other(
     out, control = tmp_path / "run", Control()
     with served(folders) as one, served(folders) as two:
 
-        def steer() -> None:
-            if control.snapshot.step == 1:
-                one.load("other")
-                one.unload("first")
-            if control.snapshot.step == 3:
-                two.load("other")
+        def replace_one() -> None:
+            one.load("other")
+            one.unload("first")
 
-        control.add_listener(steer)
+        at_step(control, {1: replace_one, 3: lambda: two.load("other")})
         address = f"ipv4:///{one.address},{two.address}"
         with services_of(world, address) as services:
             report = train(four_steps(world, one, out, **ADOPT), services, control=control)
