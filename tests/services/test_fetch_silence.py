@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.services.signals import hears_ctrl_c
 from tests.services.silent_server import SilentServer
 
 from kleash.sources.remote import GCS_RETRY_S, _with_limit
@@ -46,7 +47,7 @@ def fetching(
         env=env,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_hears_ctrl_c,  # noqa: PLW1509 (one system call, no locks)
+        preexec_fn=hears_ctrl_c,  # noqa: PLW1509 (one system call, no locks)
     )
     with process:
         try:
@@ -54,11 +55,6 @@ def fetching(
             yield process
         finally:
             process.kill()
-
-
-def _hears_ctrl_c() -> None:
-    """Tests that a shell runs in the background ignore it, and what they start does, too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:

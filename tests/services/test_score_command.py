@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from tests.services.scripted_reward import ScriptedReward, serving
+from tests.services.signals import hears_ctrl_c
 
 from kleash.cli import score
 from kleash.cli.main import main
@@ -261,7 +262,12 @@ def test_a_signal_leaves_a_file_to_go_on_with(
     """In the middle of a call that would not end."""
     source = lines_file(tmp_path / "in.txt", ["x"] * 3000)
     command = [sys.executable, "-m", "kleash.cli", "score", str(source), f"--out={out}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,  # noqa: PLW1509 (one system call, no locks)
+    ) as process:
         deadline = time.monotonic() + 60
         while not (out.exists() and out.stat().st_size):
             assert time.monotonic() < deadline
