@@ -64,12 +64,8 @@ def train(
                     control.step_done(figures | metrics)
                     if run.position.step % config.checkpoint.every == 0:
                         run.save()
-                progress.advance(
-                    1,
-                    score=metrics["score_mean"],
-                    kl=metrics["kl_per_sequence"],
-                    reward=metrics["reward_mean"],
-                )
+                shown = {"score": "score_mean", "kl": "kl_per_sequence", "reward": "reward_mean"}
+                progress.advance(1, **{name: metrics[key] for name, key in shown.items()})
         except RolloutAbandonedError:
             logger.info("the rollout of step %d was abandoned", run.position.step + 1)
         if run.position.step > run.saved_step:
