@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from kleash.ppo.services import Policy, Reference, Reward, Services
 from kleash.reference.v1 import reference_pb2
 from kleash.reward.v1 import reward_pb2
 from kleash.rpc.errors import ServiceError
+
+R = TypeVar("R")
 
 
 class CallLog:
@@ -97,6 +99,27 @@ class CallLog:
                     self._file.write(call.to_line())
                 except OSError as failure:
                     self.failure = failure
+
+    def watch(
+        self,
+        service: str,
+        method: str,
+        ask: Callable[[], R],
+        *,
+        request: Callable[[], dict[str, Any]],
+        to_json: Callable[[R], Any],
+    ) -> R:
+        """What ``ask`` returns or raises, written down; nothing is encoded while no step is."""
+        if not self.is_open:
+            return ask()
+        began_s, asked = self.now_s(), request()
+        try:
+            reply = ask()
+        except BaseException as error:
+            self.add(service, method, asked, began_s, error=error)
+            raise
+        self.add(service, method, asked, began_s, reply=to_json(reply))
+        return reply
 
 
 def record_services(services: Services, log: CallLog) -> Services:
@@ -197,16 +220,13 @@ class RecordingReward:
 
     def get_model(self) -> reward_pb2.GetModelResponse:
         """What is served."""
-        log, began_s, request = self._log, self._log.now_s(), {"revision": self._revision}
-        if not log.is_open:
-            return self._reward.get_model()
-        try:
-            reply = self._reward.get_model()
-        except BaseException as error:
-            log.add("reward", "GetModel", request, began_s, error=error)
-            raise
-        log.add("reward", "GetModel", request, began_s, reply=calls.message_to_json(reply))
-        return reply
+        return self._log.watch(
+            "reward",
+            "GetModel",
+            self._reward.get_model,
+            request=lambda: {"revision": self._revision},
+            to_json=calls.message_to_json,
+        )
 
     def score_tokens(
         self,
@@ -217,22 +237,18 @@ class RecordingReward:
         isolate: bool = False,
     ) -> list[Score]:
         """Scores of a group."""
-        log, began_s = self._log, self._log.now_s()
         options = {
             "tokenizer_sha256": tokenizer_sha256,
             "normalize": normalize,
             "isolate": isolate,
         }
-        if not log.is_open:
-            return self._reward.score_tokens(sequences, **options)
-        request = calls.score_request(sequences, revision=self._revision, **options)
-        try:
-            reply = self._reward.score_tokens(sequences, **options)
-        except BaseException as error:
-            log.add("reward", "Score", request, began_s, error=error)
-            raise
-        log.add("reward", "Score", request, began_s, reply=calls.scores_to_json(reply))
-        return reply
+        return self._log.watch(
+            "reward",
+            "Score",
+            lambda: self._reward.score_tokens(sequences, **options),
+            request=lambda: calls.score_request(sequences, revision=self._revision, **options),
+            to_json=calls.scores_to_json,
+        )
 
 
 class RecordingReference:
@@ -244,16 +260,13 @@ class RecordingReference:
 
     def get_model(self) -> reference_pb2.GetModelResponse:
         """What is served."""
-        log, began_s = self._log, self._log.now_s()
-        if not log.is_open:
-            return self._reference.get_model()
-        try:
-            reply = self._reference.get_model()
-        except BaseException as error:
-            log.add("reference", "GetModel", {}, began_s, error=error)
-            raise
-        log.add("reference", "GetModel", {}, began_s, reply=calls.message_to_json(reply))
-        return reply
+        return self._log.watch(
+            "reference",
+            "GetModel",
+            self._reference.get_model,
+            request=dict,
+            to_json=calls.message_to_json,
+        )
 
     def log_probs(
         self,
@@ -264,22 +277,18 @@ class RecordingReference:
         isolate: bool = False,
     ) -> list[np.ndarray]:
         """Log-probs of a group."""
-        log, began_s = self._log, self._log.now_s()
         options = {
             "temperature": temperature,
             "tokenizer_sha256": tokenizer_sha256,
             "isolate": isolate,
         }
-        if not log.is_open:
-            return self._reference.log_probs(sequences, **options)
-        request = calls.log_probs_request(sequences, **options)
-        try:
-            reply = self._reference.log_probs(sequences, **options)
-        except BaseException as error:
-            log.add("reference", "LogProbs", request, began_s, error=error)
-            raise
-        log.add("reference", "LogProbs", request, began_s, reply=calls.log_probs_to_json(reply))
-        return reply
+        return self._log.watch(
+            "reference",
+            "LogProbs",
+            lambda: self._reference.log_probs(sequences, **options),
+            request=lambda: calls.log_probs_request(sequences, **options),
+            to_json=calls.log_probs_to_json,
+        )
 
 
 def _describe(error: BaseException | None) -> dict[str, str] | None:
